@@ -1,0 +1,158 @@
+"""What a recipe may say: every key, its type, its default and its unit."""
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from enum import Enum
+from typing import Dict, List, Optional
+
+from omegaconf import MISSING
+
+from nemo_bluelm.geometry import Geometry
+
+# OmegaConf can't merge into a frozen dataclass, so the schema has an open twin of Geometry with the same fields.
+GeometryConfig = make_dataclass("GeometryConfig", [(f.name, f.type, f.default) for f in fields(Geometry)])
+
+
+class Dtype(str, Enum):
+    """Element type of parameters and activations; gradients and optimizer states stay fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(str, Enum):
+    """Learning rate after the warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+class Part(str, Enum):
+    """The three modules of the model, each with its own weights."""
+
+    vision = "vision"
+    projector = "projector"
+    language = "language"
+
+
+@dataclass
+class VisionConfig:
+    """SigLIP2 vision transformer without pooling head. Defaults: so400m, patch 14 (timm vit_so400m_patch14_siglip_378.v2_webli)."""
+
+    num_layers: int = 27
+    hidden_size: int = 1152
+    ffn_hidden_size: int = 4304
+    num_attention_heads: int = 16
+    layernorm_epsilon: float = 1e-6
+
+
+@dataclass
+class YarnConfig:
+    """YaRN scaling of RoPE (arXiv 2309.00071). ``factor`` 1 is plain RoPE."""
+
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0  # attention scaling is 0.1 * mscale * ln(factor) + 1
+    mscale_all_dim: float = 0.0
+
+
+@dataclass
+class LanguageConfig:
+    """Dense decoder-only transformer: RMSNorm, SwiGLU, grouped-query attention, RoPE, no biases."""
+
+    num_layers: int = 32
+    hidden_size: int = 2560
+    ffn_hidden_size: int = 6912
+    num_attention_heads: int = 20
+    num_query_groups: int = 4
+    kv_channels: int = 128
+    vocab_size: int = 100_096
+    layernorm_epsilon: float = 1e-6
+    rotary_base: int = 10_000
+    share_embeddings_and_output_weights: bool = True
+    init_method_std: float = 0.02
+    yarn: YarnConfig = field(default_factory=YarnConfig)
+
+
+@dataclass
+class ModelConfig:
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    geometry: GeometryConfig = field(default_factory=GeometryConfig)
+
+
+@dataclass
+class SourceConfig:
+    """One part of the data mixture."""
+
+    shards: List[str] = MISSING  # WebDataset tars; globs, relative to data.root
+    weight: float = 1.0  # share of the mixture, by tokens; shares are divided by their sum
+
+
+@dataclass
+class DataConfig:
+    root: str = MISSING  # folder that holds the tokenizer and the shards
+    tokenizer: str = "tokenizer.json"  # relative to data.root
+    sequence_length: int = 4096  # tokens in a pack
+    max_tiles: int = 64  # tiles in a pack
+    sources: Dict[str, SourceConfig] = MISSING
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is laid over ranks. Data parallelism is what remains: world size / (tensor * pipeline * context)."""
+
+    tensor: int = 1
+    sequence: bool = False  # sequence parallelism inside the tensor-parallel group
+    pipeline: int = 1
+    virtual_pipeline: Optional[int] = None  # model chunks per pipeline rank
+    first_stage_layers: Optional[int] = None  # decoder layers beside the ViT on the first pipeline rank
+    context: int = 1
+    distributed_optimizer: bool = False  # shard optimizer states over data-parallel ranks; needs a GPU
+
+
+@dataclass
+class PrecisionConfig:
+    dtype: Dtype = Dtype.bf16
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with warm-up."""
+
+    lr: float = MISSING
+    min_lr: float = 0.0
+    schedule: Schedule = Schedule.cosine
+    warmup_steps: int = 0
+    weight_decay: float = 0.05  # BlueLM-V-3B (arXiv 2411.10640), Tables 7 and 8
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    clip_grad: float = 1.0  # maximal gradient norm; 0 is off
+
+
+@dataclass
+class TrainConfig:
+    steps: int = MISSING  # optimizer steps
+    global_batch_size: int = 1  # packs in an optimizer step, over all ranks
+    freeze: List[Part] = field(default_factory=list)
+    save_every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep_checkpoints: int = 2  # newest checkpoints kept; -1 keeps all
+    log_every: int = 10  # steps between progress lines on a non-terminal
+
+
+@dataclass
+class Recipe:
+    """One training run."""
+
+    name: str = MISSING
+    run_dir: str = "outputs/runs/${name}"  # checkpoints, metrics and the resolved recipe; the same folder resumes
+    init_from: Optional[str] = None  # run or checkpoint folder whose weights start this run
+    seed: int = 1234
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
