@@ -10,6 +10,7 @@ from nemo_bluelm.geometry import Geometry
 
 # OmegaConf can't merge into a frozen dataclass, so the schema has an open twin of Geometry with the same fields.
 GeometryConfig = make_dataclass("GeometryConfig", [(f.name, f.type, f.default) for f in fields(Geometry)])
+GeometryConfig.__module__ = __name__  # so that a recipe can be pickled
 
 
 class Dtype(str, Enum):

@@ -1,0 +1,30 @@
+# Each target makes .venv by itself the first time; later runs only check that it is up to date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.PHONY: quickstart test lint venv clean
+
+quickstart: $(STAMP)
+	$(BIN)/nemo-bluelm quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+venv: $(STAMP)
+
+# torch goes first and alone: resolved together with the rest, pip may fetch a CUDA build where a CPU build is offered.
+$(STAMP): setup.cfg pyproject.toml constraints/cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,140 @@
+"""``nemo-bluelm plan``: what a recipe resolves to, before anything is trained."""
+
+import argparse
+import json
+import re
+import sys
+
+from nemo_bluelm.cli.arguments import add_json_argument, add_recipe_arguments, positive
+from nemo_bluelm.config.schema import Recipe
+
+# One tile, a phone screen, a page, a wide photo, the largest input (pixels, width x height).
+_SIZES = [(378, 378), (1080, 2400), (1240, 1754), (1920, 1080), (1512, 1512)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument(
+        "--world-size", type=positive, metavar="N", help="number of processes; adds the data-parallel size"
+    )
+    parser.add_argument(
+        "--image",
+        type=_size,
+        action="append",
+        metavar="WxH",
+        help="count the tokens of this image size, in pixels; repeatable",
+    )
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan.
+
+    Raises:
+        UserError: the recipe cannot train, whatever data it is given.
+    """
+    from nemo_bluelm.config.checks import check_recipe
+    from nemo_bluelm.config.compose import load_without_data
+
+    recipe, missing, config = load_without_data(args.recipe, args.overrides)
+    check_recipe(recipe, args.world_size)
+    plan = {
+        "config": config,
+        "missing": missing,
+        "params": _parameters(recipe),
+        "images": _images(recipe, args.image or _SIZES),
+        "layout": _layout(recipe, args.world_size),
+    }
+    if args.json:
+        print(json.dumps(plan, indent=2))
+    else:
+        _show(plan, recipe)
+    return 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, for example 1080x2400")
+    return int(match[1]), int(match[2])
+
+
+def _parameters(recipe: Recipe) -> dict[str, int]:
+    if sys.stderr.isatty():
+        print("building the model on the meta device ...", file=sys.stderr)
+    from nemo_bluelm.runtime.params import count_parameters
+
+    return count_parameters(recipe.model)
+
+
+def _images(recipe: Recipe, sizes: list[tuple[int, int]]) -> list[dict]:
+    from nemo_bluelm.config.checks import geometry
+
+    shape = geometry(recipe)
+    return [
+        {
+            "width": width,
+            "height": height,
+            "grid": list(shape.grid(width, height)),
+            "tiles": shape.tiles(width, height),
+            "tokens": shape.image_tokens(width, height),
+        }
+        for width, height in sizes
+    ]
+
+
+def _layout(recipe: Recipe, world_size: int | None) -> dict:
+    parallel = recipe.parallel
+    layout = {
+        "tensor": parallel.tensor,
+        "sequence": parallel.sequence,
+        "pipeline": parallel.pipeline,
+        "virtual_pipeline": parallel.virtual_pipeline,
+        "context": parallel.context,
+        "ranks_per_model": parallel.tensor * parallel.pipeline * parallel.context,
+        "tokens_per_step": recipe.train.global_batch_size * recipe.data.sequence_length,
+    }
+    if world_size is not None:
+        layout["world_size"] = world_size
+        layout["data"] = world_size // layout["ranks_per_model"]
+        layout["microbatches"] = recipe.train.global_batch_size // layout["data"]
+    return layout
+
+
+def _show(plan: dict, recipe: Recipe) -> None:
+    import yaml
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    print(yaml.safe_dump(plan["config"], sort_keys=False).rstrip())
+    if plan["missing"]:
+        print(f"\nTo train, set what is mandatory: {' '.join(f'{key}=...' for key in plan['missing'])}")
+
+    table = Table(title="Parameters")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("trained")
+    frozen = {part.value for part in recipe.train.freeze}
+    for part, count in plan["params"].items():
+        table.add_row(part, f"{count:,}", "" if part == "total" else "no" if part in frozen else "yes")
+    console.print(table)
+
+    table = Table(title=f"Images, in packs of {recipe.data.sequence_length} tokens")
+    for name in ("width", "height", "grid", "tiles", "tokens"):
+        table.add_column(name, justify="right")
+    for image in plan["images"]:
+        cols, rows = image["grid"]
+        table.add_row(
+            str(image["width"]), str(image["height"]), f"{cols} x {rows}", str(image["tiles"]), f"{image['tokens']:,}"
+        )
+    console.print(table)
+
+    table = Table(title="Layout")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, value in plan["layout"].items():
+        table.add_row(
+            name.replace("_", " "), "-" if value is None else f"{value:,}" if type(value) is int else str(value)
+        )
+    console.print(table)

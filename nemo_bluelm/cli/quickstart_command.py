@@ -1,0 +1,21 @@
+"""``nemo-bluelm quickstart``: every stage, tiny, on this machine."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs/quickstart"),
+        metavar="DIR",
+        help="folder for corpus, runs and report (outputs/quickstart)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from nemo_bluelm.train.quickstart import run as quickstart
+
+    quickstart(args.out)
+    return 0

@@ -1,0 +1,41 @@
+"""``nemo-bluelm train``: check a recipe, then train it here, as one rank, or as several local processes."""
+
+import argparse
+import os
+
+from nemo_bluelm.cli.arguments import add_recipe_arguments, positive
+from nemo_bluelm.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument(
+        "--nproc", type=positive, default=1, metavar="N", help="processes on this machine, one per GPU or CPU share (1)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and return the exit code.
+
+    Raises:
+        UserError: a mistake in the recipe or the launch; found before anything heavy is imported where possible.
+    """
+    from nemo_bluelm.config.checks import check_machine, check_recipe
+    from nemo_bluelm.config.compose import load_recipe
+
+    is_rank = "RANK" in os.environ
+    if is_rank and args.nproc > 1:
+        raise UserError(
+            f"--nproc {args.nproc}: this process already is rank {os.environ['RANK']} of a launcher's job; "
+            "leave --nproc out"
+        )
+    recipe = load_recipe(args.recipe, args.overrides)
+    check_recipe(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")) if is_rank else args.nproc)
+    check_machine(recipe)
+    if args.nproc > 1:
+        from nemo_bluelm.cli.local_launch import launch
+
+        return launch(["train", args.recipe, *args.overrides], args.nproc)
+    from nemo_bluelm.train.run import train
+
+    return train(recipe)

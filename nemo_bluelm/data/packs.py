@@ -1,0 +1,107 @@
+"""Packs: documents laid end to end in one row of fixed length."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nemo_bluelm.data.chat import Encoded
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One row of S tokens holding n segments: the documents, then the unused tail as one more where it isn't empty.
+
+    Each document takes its own length rounded up to a multiple of the alignment; the pad tokens that fill it up, and
+    the whole tail, are masked. The two offset vectors are Transformer Engine's, for segment k:
+
+    - ``cu_seqlens_padded[k] : cu_seqlens_padded[k + 1]`` is where it lies in the row; the last entry is S.
+    - ``cu_seqlens[k + 1] - cu_seqlens[k]`` is how many of those tokens are real; 0 for the tail. These are not
+      positions in the row unless nothing is padded.
+
+    Attention that knows only one vector takes ``cu_seqlens_padded``: pads follow the real tokens of their segment, so
+    a causal mask keeps them out.
+
+    Attributes:
+        tokens: int64 [1, S].
+        labels: int64 [1, S]; ``labels[0, i]`` is the token after ``tokens[0, i]`` in its document, else pad.
+        loss_mask: float32 [1, S]; 1 where ``labels`` is a target.
+        position_ids: int64 [1, S]; from 0 in every segment.
+        cu_seqlens: int32 [n + 1], cumulative real lengths.
+        cu_seqlens_padded: int32 [n + 1], cumulative padded lengths.
+        max_seqlen: longest padded segment, the tail included.
+        tiles: uint8 [tiles, 3, T, T], in the order of their ``<image>`` tokens; may have 0 tiles.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    cu_seqlens_padded: torch.Tensor
+    max_seqlen: int
+    tiles: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Targets in the row."""
+        return int(self.loss_mask.sum())
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same pack with every tensor on ``device``."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return PackedBatch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+
+def padded_length(length: int, alignment: int) -> int:
+    """``length`` rounded up to a multiple of ``alignment``."""
+    return -(-length // alignment) * alignment
+
+
+def collate(
+    documents: Sequence[Encoded], tiles: torch.Tensor, sequence_length: int, alignment: int, pad: int
+) -> PackedBatch:
+    """Lay ``documents`` end to end.
+
+    Args:
+        tiles: uint8 [tiles, 3, T, T] of all documents, in order.
+        sequence_length: S, a multiple of ``alignment``.
+        pad: id of the pad token.
+
+    Raises:
+        ValueError: the documents don't fit, or S isn't a multiple of the alignment. The plan rules both out.
+    """
+    if sequence_length % alignment:
+        raise ValueError(f"sequence_length {sequence_length} is not a multiple of the alignment {alignment}")
+    tokens = torch.full((sequence_length,), pad, dtype=torch.int64)
+    labels = torch.full((sequence_length,), pad, dtype=torch.int64)
+    loss_mask = torch.zeros(sequence_length)
+    position_ids = torch.zeros(sequence_length, dtype=torch.int64)
+    real, padded = [0], [0]
+    for document in documents:
+        start, length = padded[-1], len(document.tokens)
+        end = start + padded_length(length, alignment)
+        if end > sequence_length:
+            raise ValueError(f"the documents need more than {sequence_length} tokens")
+        ids = torch.tensor(document.tokens)
+        tokens[start : start + length] = ids
+        labels[start : start + length - 1] = ids[1:]
+        loss_mask[start : start + length - 1] = torch.tensor(document.loss_mask[1:], dtype=torch.float32)
+        position_ids[start:end] = torch.arange(end - start)
+        real.append(real[-1] + length)
+        padded.append(end)
+    if padded[-1] < sequence_length:
+        position_ids[padded[-1] :] = torch.arange(sequence_length - padded[-1])
+        real.append(real[-1])
+        padded.append(sequence_length)
+    return PackedBatch(
+        tokens=tokens[None],
+        labels=labels[None],
+        loss_mask=loss_mask[None],
+        position_ids=position_ids[None],
+        cu_seqlens=torch.tensor(real, dtype=torch.int32),
+        cu_seqlens_padded=torch.tensor(padded, dtype=torch.int32),
+        max_seqlen=max(end - start for start, end in zip(padded, padded[1:])),
+        tiles=tiles,
+    )

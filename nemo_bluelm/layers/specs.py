@@ -1,0 +1,45 @@
+"""What a transformer layer is built of: Transformer Engine modules where it is installed, local ones elsewhere."""
+
+from importlib.util import find_spec
+from typing import Optional
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_bluelm.layers.attention import PackedAttention
+from nemo_bluelm.layers.norm import LocalNorm
+
+HAVE_TE = find_spec("transformer_engine") is not None
+
+
+def te_layer_spec() -> ModuleSpec:
+    """One layer of Transformer Engine modules (fused norm + linear, fused attention, FP8)."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec()
+
+
+def local_layer_spec() -> ModuleSpec:
+    """One layer of Megatron-Core's parallel linear layers with our norm and attention; runs anywhere."""
+    spec = get_gpt_layer_local_spec()
+    spec.submodules.input_layernorm = LocalNorm
+    spec.submodules.pre_mlp_layernorm = LocalNorm
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec
+
+
+def block_spec(config: TransformerConfig, causal: bool, vp_stage: Optional[int] = None) -> TransformerBlockSubmodules:
+    """The layers that this pipeline rank (and virtual stage) builds, and the norm that closes the block."""
+    if HAVE_TE:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, norm = te_layer_spec(), TENorm
+    else:
+        layer, norm = local_layer_spec(), LocalNorm
+    # Megatron-Core's own local ViT spec is causal, which a ViT must not be.
+    layer.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    count = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

@@ -1,0 +1,135 @@
+"""BlueLM-2.5: SigLIP2 ViT, projector and language model in one Megatron module."""
+
+from typing import Optional
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from nemo_bluelm.config.schema import ModelConfig, Part
+from nemo_bluelm.layers.context import context_rows
+from nemo_bluelm.model.config import LanguageTransformerConfig, model_geometry, vision_transformer_config
+from nemo_bluelm.model.language import LanguageModel
+from nemo_bluelm.model.projector import Projector
+from nemo_bluelm.model.vision import VisionTower
+
+
+class BlueLMModel(MegatronModule):
+    """The whole model, or the part of it that one pipeline rank holds.
+
+    ViT and projector live on the first pipeline rank. Images enter as tiles; the token row already holds one
+    ``image_token_id`` for every visual token, so lengths, labels and positions are final before the model sees them.
+
+    Args:
+        config: of the language model, with the parallel layout; its dtype is the whole model's.
+        model: shapes of all parts.
+        image_token_id: id of the placeholder that visual tokens replace.
+        max_sequence_length: longest pack, in tokens.
+        pre_process, post_process: this rank holds the first / last pipeline stage.
+        vp_stage: index of the model chunk under virtual pipelining.
+    """
+
+    def __init__(
+        self,
+        config: LanguageTransformerConfig,
+        model: ModelConfig,
+        image_token_id: int,
+        max_sequence_length: int,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: Optional[int] = None,
+    ):
+        super().__init__(config)
+        self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.image_token_id = image_token_id
+        self.share_embeddings_and_output_weights = model.language.share_embeddings_and_output_weights
+        if pre_process:
+            geometry = model_geometry(model)
+            device = None if config.use_cpu_initialization else torch.cuda.current_device()
+            self.vision = VisionTower(vision_transformer_config(model.vision, config.params_dtype), geometry)
+            self.projector = Projector(
+                model.vision.hidden_size, model.language.hidden_size, geometry, config.params_dtype, device
+            )
+        self.language = LanguageModel(
+            config, model.language, max_sequence_length, pre_process, post_process, vp_stage=vp_stage
+        )
+
+    def freeze(self, parts: list[Part]) -> None:
+        """Stop the gradients of whole parts."""
+        for part in parts:
+            module = getattr(self, part.value, None)
+            if module is not None:
+                module.requires_grad_(False)
+
+    def set_input_tensor(self, input_tensor: Tensor) -> None:
+        """Called by Megatron's pipeline schedules with the previous stage's output."""
+        self.language.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """Called by Megatron to sum the tied embedding's gradients of the first and last stage."""
+        return self.language.shared_embedding_or_output_weight()
+
+    def embed(self, tokens: Tensor, position_ids: Tensor, tiles: Tensor) -> Tensor:
+        """Token embeddings with the visual tokens in their places.
+
+        Args:
+            tokens, position_ids: int64 [1, S].
+            tiles: uint8 [n, 3, T, T] in the order in which their placeholders stand in the row; n may be 0.
+
+        Returns:
+            [S, 1, hidden]; every tensor-parallel rank has the whole row.
+        """
+        embedded = self.language.embedding(input_ids=tokens, position_ids=position_ids)
+        if tiles.size(0) == 0:
+            return embedded + self._anchor()
+        visual = self.projector(self.vision(tiles)).flatten(0, 1)
+        places = (tokens == self.image_token_id).transpose(0, 1).unsqueeze(-1)  # [S, 1, 1]
+        return embedded.masked_scatter(places, visual.to(embedded.dtype))
+
+    def _anchor(self) -> Tensor:
+        """A zero that depends on every trainable weight of ViT and projector.
+
+        A micro-batch without images must still give these weights a gradient, or the overlapped gradient reduction
+        waits forever for ranks whose micro-batch has none.
+        """
+        weights = [w for part in (self.vision, self.projector) for w in part.parameters() if w.requires_grad]
+        return sum((w.sum() * 0.0 for w in weights), torch.zeros((), dtype=self.config.params_dtype))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        tiles: Tensor,
+        packed_seq_params: PackedSeqParams,
+        labels: Optional[Tensor] = None,
+    ) -> Tensor:
+        """One pack through this rank's part of the model.
+
+        Args:
+            tokens, position_ids: int64 [1, S], the whole row on every rank.
+            tiles: uint8 [n, 3, T, T].
+            packed_seq_params: documents of the row, ``thd`` format, padded bounds included.
+            labels: int64 [1, S / context size], this context-parallel rank's rows.
+
+        Returns:
+            Last stage: fp32 loss of every row [1, S / context size] with labels, else logits
+            [1, S / context size, vocabulary / tensor size]. Earlier stages: hidden states.
+        """
+        hidden = None
+        if self.pre_process:
+            hidden = self.embed(tokens, position_ids, tiles)
+            hidden = context_rows(hidden.transpose(0, 1), packed_seq_params.cu_seqlens_q_padded).transpose(0, 1)
+            if self.config.sequence_parallel:
+                hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
+        return self.language(
+            tokens,
+            position_ids,
+            attention_mask=None,
+            decoder_input=hidden,
+            labels=labels,
+            packed_seq_params=packed_seq_params,
+        )

@@ -1,0 +1,108 @@
+"""From the recipe's model section to the Megatron-Core configurations of its two transformers."""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_bluelm.config.schema import Dtype, LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
+from nemo_bluelm.geometry import Geometry
+from nemo_bluelm.layers.specs import HAVE_TE
+
+TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
+
+
+@dataclass
+class LanguageTransformerConfig(TransformerConfig):
+    """``TransformerConfig`` with the YaRN fields that Megatron-Core 0.15 reads but does not declare.
+
+    A ``yarn_rotary_scaling_factor`` of 1 is plain RoPE: frequencies and attention scale are unchanged.
+    """
+
+    yarn_rotary_scaling_factor: float = 1.0
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float = 1.0
+    yarn_mscale_all_dim: float = 0.0
+    yarn_correction_range_round_to_int: bool = True
+
+
+def model_geometry(model: ModelConfig) -> Geometry:
+    return Geometry(**{f.name: getattr(model.geometry, f.name) for f in fields(Geometry)})
+
+
+def _common(dtype: torch.dtype) -> dict:
+    """What both transformers share: no dropout, our own initialisation, fused kernels only where TE brings them."""
+    return dict(
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,  # nemo_bluelm.model.init fills every tensor, the same in every layout
+        use_cpu_initialization=not torch.cuda.is_available(),
+        calculate_per_token_loss=True,  # gradients are divided by the global number of target tokens
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=HAVE_TE,
+        apply_rope_fusion=False,  # Megatron-Core's fused RoPE drops YaRN's attention scale
+    )
+
+
+def language_transformer_config(
+    language: LanguageConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> LanguageTransformerConfig:
+    """Megatron-Core configuration of the language model under one parallel layout."""
+    return LanguageTransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        kv_channels=language.kv_channels,
+        layernorm_epsilon=language.layernorm_epsilon,
+        init_method_std=language.init_method_std,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        bias_activation_fusion=HAVE_TE,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        context_parallel_size=parallel.context,
+        pipeline_dtype=dtype,
+        variable_seq_lengths=False,
+        yarn_rotary_scaling_factor=language.yarn.factor,
+        yarn_original_max_position_embeddings=language.yarn.original_max_position_embeddings,
+        yarn_beta_fast=language.yarn.beta_fast,
+        yarn_beta_slow=language.yarn.beta_slow,
+        yarn_mscale=language.yarn.mscale,
+        yarn_mscale_all_dim=language.yarn.mscale_all_dim,
+        **_common(dtype),
+    )
+
+
+def vision_transformer_config(vision: VisionConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron-Core configuration of the ViT, which is never split: its sizes don't divide well and tiles do."""
+    return TransformerConfig(
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        layernorm_epsilon=vision.layernorm_epsilon,
+        normalization="LayerNorm",
+        activation_func=gelu_tanh,
+        add_bias_linear=True,
+        bias_activation_fusion=False,
+        **_common(dtype),
+    )
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """SigLIP's activation (transformers ``gelu_pytorch_tanh``)."""
+    return F.gelu(x, approximate="tanh")

@@ -1,0 +1,104 @@
+"""BlueLM as a NeMo plugin: the LightningModule that NeMo's MegatronStrategy drives."""
+
+from typing import Optional
+
+import lightning.pytorch as L
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from nemo import lightning as nl
+from nemo.lightning import io
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from torch import Tensor
+
+from nemo_bluelm.config.schema import Recipe
+from nemo_bluelm.data.packs import PackedBatch
+from nemo_bluelm.layers.context import context_rows
+from nemo_bluelm.model.bluelm import BlueLMModel
+from nemo_bluelm.model.config import TORCH_DTYPE, language_transformer_config
+from nemo_bluelm.model.init import initialize
+
+
+def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
+    """A pack's documents as Megatron-Core and Transformer Engine want them."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens_padded,
+        cu_seqlens_kv=batch.cu_seqlens_padded,
+        cu_seqlens_q_padded=batch.cu_seqlens_padded,
+        cu_seqlens_kv_padded=batch.cu_seqlens_padded,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+
+
+class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
+    """The BlueLM-2.5 model of one recipe.
+
+    Args:
+        recipe: shapes, layout, precision, seed and frozen parts.
+        image_token_id: id of the tokenizer's image placeholder.
+        loss: reduction of per-token losses to the training loss.
+        optim: NeMo optimizer module; None for a model that is not trained.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        image_token_id: int,
+        loss: type[MegatronLossReduction],
+        optim: Optional[nl.MegatronOptimizerModule] = None,
+    ):
+        super().__init__()
+        self.recipe = recipe
+        self.image_token_id = image_token_id
+        self.config = language_transformer_config(
+            recipe.model.language, recipe.parallel, TORCH_DTYPE[recipe.precision.dtype]
+        )
+        self._loss = loss()
+        self.real_tokens = 0  # fed to this rank, padding not counted; the metrics callback reads and resets it
+        if optim is not None:
+            optim.connect(self)  # NeMo binds the optimizer here; assigning model.optim later is ignored
+
+    def configure_model(self, vp_stage: Optional[int] = None) -> None:
+        """Build this rank's part; Lightning calls it once, NeMo again for every further virtual stage."""
+        if self.recipe.parallel.virtual_pipeline is not None:
+            vp_stage = vp_stage or 0
+        self.module = BlueLMModel(
+            self.config,
+            self.recipe.model,
+            self.image_token_id,
+            self.recipe.data.sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        initialize(self.module, self.recipe.model.language, self.recipe.seed)
+        self.module.freeze(self.recipe.train.freeze)
+
+    @property
+    def training_loss_reduction(self) -> MegatronLossReduction:
+        """NeMo looks it up on the class, as a property."""
+        return self._loss
+
+    def data_step(self, dataloader_iter) -> PackedBatch:
+        """The next micro-batch, on this rank's device."""
+        batch, _, _ = next(dataloader_iter)
+        self.real_tokens += int(batch.cu_seqlens[-1])
+        return batch.to(self.device)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """One pack through this rank's part: row losses [1, S / context size] on the last stage."""
+        return self.module(
+            batch.tokens,
+            batch.position_ids,
+            batch.tiles,
+            packed_seq_params(batch),
+            labels=context_rows(batch.labels, batch.cu_seqlens_padded),
+        )
+
+    def forward_step(self, batch: PackedBatch) -> Tensor:
+        return self.forward(batch)
+
+    def training_step(self, batch: PackedBatch, batch_idx: Optional[int] = None) -> Tensor:
+        """NeMo's hook; the micro-batch loop around it is Megatron's."""
+        return self.forward_step(batch)

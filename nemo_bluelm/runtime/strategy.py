@@ -1,0 +1,95 @@
+"""NeMo's MegatronStrategy with a recipe's layout, and the trainer around it."""
+
+import os
+import queue
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo import lightning as nl
+
+from nemo_bluelm.config.schema import Dtype, Recipe
+from nemo_bluelm.model.config import TORCH_DTYPE
+
+
+class Strategy(nl.MegatronStrategy):
+    """MegatronStrategy whose checkpoints need no more than NeMo's Lightning part.
+
+    NeMo's own ``save_checkpoint`` and ``load_checkpoint`` also carry ModelOpt state and import all of
+    ``nemo.collections.llm`` for it, which takes seconds and a dozen more packages.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath, storage_options: Optional[Any] = None) -> None:
+        checkpoint["state_dict"] = OrderedDict()
+        checkpoint["sharded_state_dict"] = self.megatron_parallel.sharded_state_dict()
+        if "optimizer_states" in checkpoint and self.trainer.state.fn == TrainerFn.FITTING:
+            checkpoint["optimizer_states"] = {}
+            checkpoint["optimizer"] = [self.optimizer_sharded_state_dict()]
+        if not self.async_save and filesystem_async._results_queue is None:
+            # Megatron's default is a manager process, which outlives a rank that is killed hard.
+            filesystem_async._results_queue = queue.SimpleQueue()
+        options = {"content_metadata": self.sharded_state_dict_metadata}
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=options)
+
+    def load_checkpoint(self, checkpoint_path, selective_restore: bool = False) -> dict[str, Any]:
+        metadata = self.unwrapped_checkpoint_io.load_content_metadata(checkpoint_path)
+        sharded = {"state_dict": self.megatron_parallel.sharded_state_dict(metadata=metadata)}
+        if self.should_restore_optimizer_states(selective_restore) and self.trainer.state.fn == TrainerFn.FITTING:
+            sharded["optimizer"] = [self.optimizer_sharded_state_dict(is_loading=True, metadata=metadata)]
+        loaded = self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state_dict=sharded, strict=True)
+        return {key: loaded[key] for key in sharded} if selective_restore else loaded
+
+
+def build_strategy(recipe: Recipe, init_from: Optional[Path]) -> Strategy:
+    """The strategy for a recipe's layout; ``init_from`` is a checkpoint whose weights a fresh run starts from."""
+    parallel, bf16 = recipe.parallel, recipe.precision.dtype == Dtype.bf16
+    restore = None
+    if init_from is not None:
+        restore = nl.RestoreConfig(path=str(init_from), load_model_state=True, load_optim_state=False)
+    return Strategy(
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        context_parallel_size=parallel.context,
+        pipeline_dtype=TORCH_DTYPE[recipe.precision.dtype],
+        ddp=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=bf16,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_grad_reduce=parallel.distributed_optimizer,
+            overlap_param_gather=parallel.distributed_optimizer,
+            check_for_nan_in_grad=True,
+        ),
+        process_group_backend="nccl" if torch.cuda.is_available() else "gloo",
+        ckpt_async_save=False,
+        ckpt_parallel_load=False,
+        ckpt_optim_fully_reshardable=True,
+        restore_config=restore,
+    )
+
+
+def build_trainer(recipe: Recipe, strategy: Strategy, callbacks: list[Callback]) -> nl.Trainer:
+    """A NeMo trainer for ``recipe.train.steps`` steps; world size and ranks come from torchrun's or Slurm's environment."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return nl.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=local,
+        num_nodes=world // local,
+        strategy=strategy,
+        max_steps=recipe.train.steps,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,  # nemo_bluelm.runtime.checkpoints publishes them atomically
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )

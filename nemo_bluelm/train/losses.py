@@ -1,0 +1,36 @@
+"""The next-token loss over a global batch of packs."""
+
+import torch
+from megatron.core import parallel_state
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from torch import Tensor
+
+from nemo_bluelm.layers.context import context_rows
+
+
+class TokenLoss(MegatronLossReduction):
+    """Cross-entropy summed over target tokens; Megatron divides by their number in the whole global batch.
+
+    A mean per micro-batch would weigh a target in a nearly empty pack more than one in a full pack, and would make
+    the result depend on the data-parallel layout.
+    """
+
+    def forward(self, batch, row_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """
+        Args:
+            batch: the PackedBatch of this micro-batch.
+            row_losses: fp32 [1, S / context size].
+
+        Returns:
+            The sum, the number of targets (int32) on this rank, and both for :meth:`reduce`.
+        """
+        mask = context_rows(batch.loss_mask, batch.cu_seqlens_padded)
+        total = (row_losses.float() * mask).sum()
+        count = mask.sum()
+        return total, count.to(torch.int32), {"sum_and_count": torch.stack((total.detach(), count))}
+
+    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
+        """Mean loss over all targets of the global batch; runs on the last pipeline stage."""
+        total = torch.stack([loss["sum_and_count"] for loss in losses_reduced_per_micro_batch]).sum(0)
+        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return total[0] / total[1].clamp(min=1.0)

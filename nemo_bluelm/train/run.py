@@ -1,0 +1,123 @@
+"""Train one recipe: the entry point of every rank."""
+
+import os
+from pathlib import Path
+
+from nemo_bluelm.config.checks import alignment, check_recipe
+from nemo_bluelm.config.compose import to_yaml
+from nemo_bluelm.config.schema import Dtype, Recipe
+from nemo_bluelm.errors import UserError
+
+RECIPE_FILE, TOKENIZER_FILE = "recipe.yaml", "tokenizer.json"
+
+
+def train(recipe: Recipe) -> int:
+    """Run a recipe to its last step, going on from the newest checkpoint in its run folder if there is one.
+
+    Returns:
+        Exit code: 0, or 128 + signal number when Ctrl-C or SIGTERM ended the run early with a checkpoint.
+
+    Raises:
+        UserError: recipe, data, checkpoint or folder can't be used.
+    """
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    check_recipe(recipe, world_size)
+
+    from nemo_bluelm.runtime.environment import prepare
+
+    prepare()
+    from nemo_bluelm.runtime.checkpoints import Checkpoints, published, resolve_checkpoint, step_of
+    from nemo_bluelm.train.interrupt import StopOnSignal
+    from nemo_bluelm.train.metrics import Metrics
+
+    run_dir = Path(recipe.run_dir).absolute()
+    stream = open_data(recipe)
+    init_from = resolve_checkpoint(recipe.init_from, "init_from") if recipe.init_from else None
+    if rank == 0:
+        _make_run_dir(run_dir, to_yaml(recipe))
+    resume_from = published(run_dir)[-1] if published(run_dir) else None
+    if resume_from is not None and step_of(resume_from) >= recipe.train.steps:
+        if rank == 0:
+            print(f"{recipe.name} is complete: {resume_from} holds its last step")
+        return 0
+
+    files = {
+        RECIPE_FILE: to_yaml(recipe).encode(),
+        TOKENIZER_FILE: (Path(recipe.data.root) / recipe.data.tokenizer).read_bytes(),
+    }
+    checkpoints = Checkpoints(run_dir, files, recipe.train.save_every, recipe.train.keep_checkpoints)
+    stop = StopOnSignal(checkpoints)
+    metrics = Metrics(run_dir, recipe.name, recipe.train.steps, recipe.train.log_every)
+    fit(recipe, stream, [metrics, checkpoints, stop], init_from, resume_from)
+    if stop.received:
+        return 128 + stop.received
+    return 0
+
+
+def fit(recipe: Recipe, stream, callbacks: list, init_from=None, resume_from=None) -> None:
+    """Build model, optimizer and trainer for a recipe and train; ``prepare`` must have been called.
+
+    Args:
+        stream: the run's PackStream.
+        callbacks: Lightning callbacks.
+        init_from: checkpoint folder whose weights a fresh run starts from.
+        resume_from: checkpoint folder to go on from, with optimizer and data position.
+    """
+    import torch
+    from megatron.core.optimizer import OptimizerConfig
+    from nemo import lightning as nl
+
+    from nemo_bluelm.runtime.data import PackDataModule
+    from nemo_bluelm.runtime.plugin import BlueLM
+    from nemo_bluelm.runtime.strategy import build_strategy, build_trainer
+    from nemo_bluelm.train.losses import TokenLoss
+    from nemo_bluelm.train.schedules import LearningRate
+
+    optim = recipe.optim
+    bf16 = recipe.precision.dtype == Dtype.bf16
+    optimizer = nl.MegatronOptimizerModule(
+        config=OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+        ),
+        lr_scheduler=LearningRate(recipe.train.steps, optim),
+    )
+    model = BlueLM(recipe, stream.tokenizer.image, TokenLoss, optimizer)
+    trainer = build_trainer(recipe, build_strategy(recipe, init_from), callbacks)
+    data = PackDataModule(stream, recipe.train.global_batch_size, recipe.data.sequence_length)
+    try:
+        trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def open_data(recipe: Recipe):
+    """The run's PackStream, its tokenizer checked against the model."""
+    from nemo_bluelm.data.stream import PackStream
+    from nemo_bluelm.model.config import model_geometry
+
+    stream = PackStream(recipe.data, model_geometry(recipe.model), recipe.seed, alignment(recipe))
+    rows = recipe.model.language.vocab_size
+    if stream.tokenizer.vocab_size > rows:
+        raise UserError(
+            f"model.language.vocab_size is {rows}, but the tokenizer in data.root has {stream.tokenizer.vocab_size} "
+            "tokens; raise model.language.vocab_size or choose another tokenizer"
+        )
+    return stream
+
+
+def _make_run_dir(run_dir: Path, recipe_yaml: str) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / RECIPE_FILE).write_text(recipe_yaml)
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir} can't be written: {error.strerror}; set run_dir to a writable folder") from error

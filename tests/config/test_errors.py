@@ -1,0 +1,206 @@
+"""Every mistake in a recipe is one line that names the key or file, what was found and the way out."""
+
+import pytest
+
+from nemo_bluelm.config.checks import check_recipe
+from nemo_bluelm.config.compose import load_recipe
+from nemo_bluelm.errors import UserError
+
+# What is replaced in the tiny recipe -> what the line must contain.
+FILES = {
+    "unknown key": (("lr:", "lrr:"), ["probe.yaml: unknown key optim.lrr", "did you mean optim.lr?"]),
+    "unknown group": (("optim:\n", "optimm:\n"), ["unknown key optimm", "did you mean optim?"]),
+    "word for a number": (("steps: 10", "steps: many"), ["train.steps is 'many'", "a whole number"]),
+    "list for a number": (("steps: 10", "steps: [1]"), ["train.steps is '[1]'", "a whole number"]),
+    "fraction": (("steps: 10", "steps: 1.5"), ["train.steps is '1.5'", "a whole number"]),
+    "null": (("steps: 10", "steps:"), ["train.steps is null", "a whole number"]),
+    "no choice": (("steps: 10", "freeze: [visoin]"), ["train.freeze[0] is 'visoin'", "vision, projector, language"]),
+    "missing": (("lr: 1.0e-3", "warmup_steps: 1"), ["optim.lr is mandatory", "optim.lr=..."]),
+    "group as number": (("name: probe", "name: probe\nparallel: 3"), ["parallel is a number", "a mapping of tensor"]),
+    "sources as list": (("text: {shards: [text-*.tar]}", "- text"), ["data.sources is a list", "a mapping"]),
+    "shards as text": (("[text-*.tar]", "text.tar"), ["data.sources.text.shards", "no list"]),
+    "source's key": (("{shards:", "{shard:"), ["unknown key data.sources.text.shard", "data.sources.text.shards?"]),
+    "block's option": (("model: tiny", "model: tinny"), ["model: tinny", "did you mean tiny?", "bluelm_2_5_3b, tiny"]),
+    "block": (("model: tiny", "modle: tiny"), ["modle: tiny: no such block", "did you mean model?"]),
+    "base recipe": (("- _self_", "- base"), ["probe.yaml: base: no such block"]),
+    "defaults' entry": (("- _self_", "- 3"), ["defaults must be a list of blocks", "- model: tiny"]),
+    "defaults as mapping": (
+        ("defaults:\n  - model: tiny\n  - parallel: single\n  - precision: fp32\n  - optim: adamw\n  - _self_",
+         "defaults: {model: tiny}"),
+        ["defaults must be a list of blocks"],
+    ),
+    "itself": (("- _self_", "- probe"), ["the defaults list includes itself"]),
+    "mandatory block": (("model: tiny", "model: ???"), ["block model is mandatory", "model=NAME"]),
+    "twice _self_": (("- _self_", "- _self_\n  - _self_"), ["_self_ is listed twice"]),
+    "YAML": (("lr: 1.0e-3", "lr: [1"), ["probe.yaml: line ", "not valid YAML"]),
+    "tab": (("  lr: 1.0e-3", "\tlr: 1.0e-3"), ["probe.yaml: line ", "not valid YAML"]),
+    "key twice": (("name: probe", "name: a\nname: b"), ["line 9: not valid YAML: found duplicate key name"]),
+    "reference": (("name: probe", "name: ${nome}"), ["name refers to ${nome}", "did you mean name?"]),
+    "environment": (("name: probe", "name: ${oc.env:NO_SUCH_VARIABLE}"), ["environment variable NO_SUCH_VARIABLE"]),
+    "circle": (("name: probe", "name: ${run_dir}"), ["name refers to itself"]),
+    "open reference": (("name: probe", "name: ${run_dir"), ["name holds a malformed ${...}"]),
+    "resolver": (("name: probe", "name: ${no.such:1}"), ["name uses ${no.such:...}"]),
+    "reference's type": (("steps: 10", "steps: ${name}"), ["train.steps is 'probe'", "a whole number"]),
+    "hydra": (("name: probe", "name: a\nhydra: {run: {dir: x}}"), ["hydra", "no effect"]),
+}  # fmt: skip
+
+OVERRIDES = {
+    "optim.lrr=1": ["unknown key optim.lrr", "did you mean optim.lr?"],
+    "+optim.lrr=1": ["+optim.lrr=1: unknown key optim.lrr", "did you mean optim.lr?"],
+    "++nothing=1": ["unknown key nothing", "a recipe has name"],
+    "optim.lr=abc": ["optim.lr is 'abc'", "a number"],
+    "optim.lr=true": ["optim.lr is 'True'", "a number"],
+    "parallel.sequence=maybe": ["parallel.sequence is 'maybe'", "true or false"],
+    "precision.dtype=fp16": ["precision.dtype is 'fp16'", "allowed: fp32, bf16"],
+    "optim.schedule=linear": ["optim.schedule is 'linear'", "constant, cosine"],
+    "model=tinny": ["model=tinny", "did you mean tiny?"],
+    "model=": ["model has no option (empty)"],
+    "modle=tiny": ["unknown key modle", "did you mean model?"],
+    "parallel=3": ["a block is chosen by its name"],
+    "+model=tiny": ["block model is listed twice"],
+    "model@x=tiny": ["one place in a recipe", "model=NAME"],
+    "train.freeze=vision": ["train.freeze is no list", "train.freeze=[vision]"],
+    "data.sources.foo.weight=1": ["no source foo", "+data.sources={foo:"],
+    "+data.sources.foo.shards=[a]": ["no source foo", "+data.sources={foo:"],
+    "data.sources.text=3": ["data.sources.text is a number"],
+    "~optim.lr": ["optim.lr is mandatory"],
+    "~optim.lrr": ["no key optim.lrr to delete", "did you mean optim.lr?"],
+    "optim.lr=1,2": ["optim.lr=1,2", "several values"],
+    "optim.lr=choice(1,2)": ["several values"],
+    "optim.lr=[": ["not a valid override"],
+    "data.root=~/x": ["not a valid override", "\"'~/x'\""],
+    "optim.lr": ["an override is key=value"],
+    "=3": ["an override is key=value"],
+    "hydra.run.dir=x": ["setting of Hydra"],
+    "train.steps=${nope}": ["train.steps refers to ${nope}"],
+    "name=null": ["name is null"],
+}
+
+# Overrides and number of processes -> what the line must contain.
+CHECKS = [
+    ("parallel.tensor=3", 3, ["num_attention_heads is 4", "parallel.tensor 3", "nearest is 3", "parallel.tensor=2"]),
+    ("parallel.tensor=4", 4, ["num_query_groups is 2", "parallel.tensor 4", "parallel.tensor=2"]),
+    ("parallel.tensor=2 model.language.ffn_hidden_size=301", 2, ["ffn_hidden_size is 301"]),
+    ("parallel.tensor=2 model.language.vocab_size=2047", 2, ["vocab_size is 2047", "nearest is 204"]),
+    ("parallel.pipeline=3", 3, ["num_layers is 2", "3 pipeline stages", "nearest is 3"]),
+    ("parallel.pipeline=2 parallel.first_stage_layers=2", 2, ["first_stage_layers is 2", "below"]),
+    ("parallel.pipeline=3 parallel.first_stage_layers=1", 3, ["less parallel.first_stage_layers is 1"]),
+    ("parallel.first_stage_layers=1", 1, ["first_stage_layers is 1 with parallel.pipeline 1"]),
+    ("parallel.virtual_pipeline=2", 1, ["virtual_pipeline is 2 with parallel.pipeline 1"]),
+    ("parallel.pipeline=2 parallel.virtual_pipeline=2", 2, ["num_layers is 2", "virtual_pipeline", "nearest is 4"]),
+    ("parallel.pipeline=2 parallel.virtual_pipeline=2 model.language.num_layers=4 train.global_batch_size=3", 2,
+     ["global_batch_size is 3", "virtual_pipeline", "nearest is 4"]),
+    ("parallel.sequence=true", 1, ["parallel.sequence is true with parallel.tensor 1"]),
+    ("parallel.tensor=2 parallel.sequence=true data.sequence_length=511", 2, ["sequence_length is 511", "parallel.tensor 2"]),
+    ("parallel.context=2 data.sequence_length=510", 2, ["sequence_length is 510", "2 * parallel.context", "512"]),
+    ("parallel.tensor=2", 1, ["tensor 2", "the job has 1 process", "--nproc 2"]),
+    ("parallel.tensor=2", 3, ["the job has 3 processes", "--nproc 4"]),
+    ("train.global_batch_size=3", 2, ["global_batch_size is 3", "data parallel size 2", "nearest is 4"]),
+    ("model.language.yarn.factor=0.5", 1, ["yarn.factor is 0.5", "1 or more"]),
+    ("data.sequence_length=32768", 1, ["longer than the 4096 positions", "model.language.yarn.factor=8"]),
+    ("model.language.hidden_size=0", 1, ["model.language.hidden_size is 0", "1 or more"]),
+    ("model.language.num_query_groups=3", 1, ["num_query_groups is 3", "must divide", "nearest is 2"]),
+    ("model.language.kv_channels=33", 1, ["kv_channels is 33", "even"]),
+    ("model.vision.num_attention_heads=5", 1, ["vision.hidden_size is 64", "num_attention_heads 5"]),
+    ("model.geometry.tile=57", 1, ["model.geometry.tile is 57", "nearest is 56"]),
+    ("model.geometry.max_cols=0", 1, ["max_cols is 0"]),
+    ("data.sequence_length=4", 1, ["sequence_length is 4", "one tile is 4 tokens"]),
+    ("data.max_tiles=0", 1, ["data.max_tiles is 0", "1 or more"]),
+    ("data.sources.text.weight=0", 1, ["data.sources.text.weight is 0", "greater than 0"]),
+    ("data.sources.text.shards=[]", 1, ["data.sources.text.shards is empty"]),
+    ("~data.sources.text", 1, ["data.sources is empty"]),
+    ("optim.lr=0", 1, ["optim.lr is 0", "greater than 0"]),
+    ("optim.lr=nan", 1, ["optim.lr is nan"]),
+    ("optim.lr=inf", 1, ["optim.lr is inf"]),
+    ("optim.beta1=1", 1, ["optim.beta1 is 1", "below 1"]),
+    ("optim.min_lr=1", 1, ["optim.min_lr is 1", "at most optim.lr 0.001"]),
+    ("optim.min_lr=1e-5 optim.schedule=constant", 1, ["optim.min_lr", "constant"]),
+    ("optim.warmup_steps=11", 1, ["optim.warmup_steps is 11", "train.steps 10"]),
+    ("train.steps=0", 1, ["train.steps is 0", "1 or more"]),
+    ("train.save_every=0", 1, ["train.save_every is 0"]),
+    ("train.keep_checkpoints=0", 1, ["train.keep_checkpoints is 0", "-1"]),
+    ("train.freeze=[vision,projector,language]", 1, ["train.freeze", "nothing is left to train"]),
+    ("name=a/b", 1, ["name is 'a/b'"]),
+    ("data.root=''", 1, ["data.root is empty"]),
+]  # fmt: skip
+
+
+def _message(path, overrides, world_size=1) -> str:
+    with pytest.raises(UserError) as caught:
+        check_recipe(load_recipe(path, overrides), world_size)
+    message = str(caught.value)
+    assert "\n" not in message and "object_type" not in message
+    return message
+
+
+@pytest.mark.parametrize("replace, expected", FILES.values(), ids=FILES.keys())
+def test_mistake_in_a_file(recipe_file, replace, expected):
+    message = _message(recipe_file(replace), [])
+    assert all(text in message for text in expected), message
+
+
+@pytest.mark.parametrize("override, expected", OVERRIDES.items(), ids=OVERRIDES.keys())
+def test_mistake_in_an_override(recipe_file, override, expected):
+    message = _message(recipe_file(), [override])
+    assert all(text in message for text in expected), message
+
+
+@pytest.mark.parametrize("overrides, world_size, expected", CHECKS, ids=[f"{o} on {w}" for o, w, _ in CHECKS])
+def test_mistake_across_keys(recipe_file, overrides, world_size, expected):
+    message = _message(recipe_file(), overrides.split(), world_size)
+    assert all(text in message for text in expected), message
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"", ["is empty", "nemo-bluelm recipes"]),
+        (b"- a\n", ["holds a list"]),
+        (b"text", ["holds a str"]),
+        (b"\xff\xfe\x00", ["UTF-8"]),
+        (b"a: \x07", ["not valid YAML"]),
+    ],
+)
+def test_file_that_is_no_recipe(tmp_path, content, expected):
+    (tmp_path / "r.yaml").write_bytes(content)
+    message = _message(str(tmp_path / "r.yaml"), [])
+    assert all(text in message for text in ["r.yaml", *expected]), message
+
+
+def test_mistake_in_a_block_names_the_block(tmp_path, recipe_file):
+    (tmp_path / "model").mkdir()
+    for name, text in {
+        "key": "language: {hidden_sise: 3}",
+        "shape": "language: 3",
+        "list": "[1]",
+        "yaml": "language: {hidden_size: 3",
+    }.items():
+        (tmp_path / "model" / f"{name}.yaml").write_text(f"{text}\n")
+    path = recipe_file()
+    assert "block model/key: unknown key model.language.hidden_sise; did you mean" in _message(path, ["model=key"])
+    assert "block model/shape: model.language is a number" in _message(path, ["model=shape"])
+    assert "block model/list: model is a list" in _message(path, ["model=list"])
+    assert "model/yaml.yaml: line 2: not valid YAML" in _message(path, ["model=yaml"])
+
+
+def test_recipe_not_found_names_the_nearest(tmp_path):
+    assert "did you mean tiny/sft?" in _message("tiny/stf", [])
+    assert "did you mean tiny/align_projector?" in _message("recipes/tiny/align.yaml", [])
+    assert "is a folder" in _message(str(tmp_path), [])
+    (tmp_path / "r.yml").write_text("name: x\n")
+    assert "rename it to r.yaml" in _message(str(tmp_path / "r.yml"), [])
+    (tmp_path / "a@b.yaml").write_text("name: x\n")
+    assert "file name is made of" in _message(str(tmp_path / "a@b.yaml"), [])
+
+
+def test_no_packaged_distributed_optimizer_without_a_gpu():
+    import torch
+
+    from nemo_bluelm.config.checks import check_machine
+
+    recipe = load_recipe("tiny/sft", ["parallel.distributed_optimizer=true"])
+    if torch.cuda.is_available():
+        check_machine(recipe)
+    else:
+        with pytest.raises(UserError, match="parallel.distributed_optimizer is true .* no CUDA device"):
+            check_machine(recipe)

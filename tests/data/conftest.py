@@ -1,0 +1,49 @@
+"""Shared pieces: the corpus, a tokenizer, and small shards."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_bluelm.config.schema import DataConfig, SourceConfig
+from nemo_bluelm.data.corpus import make_corpus
+from nemo_bluelm.data.tokenizer import Tokenizer
+from nemo_bluelm.data.writer import RawSample, write_shard
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "oracles"), str(TESTS / "data")]  # also under pytest's importlib mode
+
+from data_pieces import image_sample  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "corpus"
+    make_corpus(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus) -> Tokenizer:
+    return Tokenizer.load(corpus / "tokenizer.json")
+
+
+@pytest.fixture
+def data(corpus) -> DataConfig:
+    """The corpus as a mixture of 60 : 20 : 20."""
+    sources = {
+        "digits": SourceConfig(["digits-train-*.tar"], 0.6),
+        "photos": SourceConfig(["photos-train-*.tar"], 0.2),
+        "text": SourceConfig(["text-train-*.tar"], 0.2),
+    }
+    return DataConfig(root=str(corpus), sequence_length=512, max_tiles=64, sources=sources)
+
+
+@pytest.fixture
+def small(tmp_path, tokenizer, corpus) -> DataConfig:
+    """Two sources of a few samples in a folder of their own, to be broken."""
+    (tmp_path / "tokenizer.json").write_bytes((corpus / "tokenizer.json").read_bytes())
+    write_shard(tmp_path / "images-0.tar", [image_sample(f"i{n}", 8 + 60 * n, 8) for n in range(5)])
+    write_shard(tmp_path / "text-0.tar", [RawSample(f"t{n}", {"text": "word " * (9 + n)}) for n in range(7)])
+    sources = {"images": SourceConfig(["images-*.tar"], 1.0), "text": SourceConfig(["text-*.tar"], 1.0)}
+    return DataConfig(root=str(tmp_path), sequence_length=128, max_tiles=20, sources=sources)

@@ -1,0 +1,81 @@
+"""A row of documents: labels, positions, offsets, masks; nothing lost."""
+
+import pytest
+import torch
+
+from nemo_bluelm.data.chat import Encoded
+from nemo_bluelm.data.packs import collate
+
+NO_TILES = torch.empty(0, 3, 4, 4, dtype=torch.uint8)
+
+
+def document(*tokens, targets=()):
+    return Encoded(list(tokens), [token in targets for token in tokens])
+
+
+def test_golden_row():
+    documents = [document(5, 6, 7, targets=(6, 7)), document(8, 9, 10, 11, 12, targets=(8, 11, 12))]
+    pack = collate(documents, NO_TILES, sequence_length=16, alignment=4, pad=0)
+    assert pack.tokens.tolist() == [[5, 6, 7, 0, 8, 9, 10, 11, 12, 0, 0, 0, 0, 0, 0, 0]]
+    assert pack.labels.tolist() == [[6, 7, 0, 0, 9, 10, 11, 12, 0, 0, 0, 0, 0, 0, 0, 0]]
+    assert pack.loss_mask.tolist() == [[1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]]
+    assert pack.cu_seqlens.tolist() == [0, 3, 8, 8]
+    assert pack.cu_seqlens_padded.tolist() == [0, 4, 12, 16]
+    assert pack.max_seqlen == 8
+    assert pack.num_tokens == 4
+    dtypes = [
+        pack.tokens.dtype,
+        pack.labels.dtype,
+        pack.position_ids.dtype,
+        pack.loss_mask.dtype,
+        pack.cu_seqlens.dtype,
+    ]
+    assert dtypes == [torch.int64] * 3 + [torch.float32, torch.int32]
+
+
+def test_full_row_has_no_tail():
+    pack = collate([document(1, 2), document(3, 4)], NO_TILES, sequence_length=4, alignment=2, pad=0)
+    assert pack.cu_seqlens.tolist() == pack.cu_seqlens_padded.tolist() == [0, 2, 4]
+
+
+def test_empty_row_is_all_tail():
+    pack = collate([], NO_TILES, sequence_length=4, alignment=2, pad=9)
+    assert pack.tokens.tolist() == [[9, 9, 9, 9]] and pack.num_tokens == 0
+    assert pack.cu_seqlens_padded.tolist() == [0, 4] and pack.cu_seqlens.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("alignment", [1, 2, 8, 16])
+def test_every_document_is_found_again(alignment):
+    generator = torch.Generator().manual_seed(0)
+    documents = []
+    for length in (3, 16, 1, 31, 8):
+        ids = torch.randint(1, 1000, (length,), generator=generator).tolist()
+        documents.append(Encoded(ids, [i % 3 > 0 for i in range(length)]))
+    pack = collate(documents, NO_TILES, sequence_length=160, alignment=alignment, pad=0)
+    assert pack.cu_seqlens_padded[-1] == 160 and pack.cu_seqlens[-1] == sum(len(d.tokens) for d in documents)
+    assert (pack.cu_seqlens_padded % alignment == 0).all()
+    for k, d in enumerate(documents):
+        start, length = int(pack.cu_seqlens_padded[k]), len(d.tokens)
+        assert pack.cu_seqlens[k + 1] - pack.cu_seqlens[k] == length
+        assert pack.tokens[0, start : start + length].tolist() == d.tokens
+        assert pack.position_ids[0, start : start + length].tolist() == list(range(length))
+        assert pack.labels[0, start : start + length - 1].tolist() == d.tokens[1:]
+        assert pack.loss_mask[0, start : start + length - 1].tolist() == d.loss_mask[1:]
+        end = int(pack.cu_seqlens_padded[k + 1])
+        assert pack.loss_mask[0, start + length - 1 : end].sum() == 0
+    assert pack.num_tokens == sum(sum(d.loss_mask[1:]) for d in documents)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="more than 4"):
+        collate([document(1, 2, 3), document(4)], NO_TILES, sequence_length=4, alignment=2, pad=0)
+    with pytest.raises(ValueError, match="multiple"):
+        collate([], NO_TILES, sequence_length=5, alignment=2, pad=0)
+
+
+def test_to_moves_every_tensor():
+    pack = collate([document(1, 2)], NO_TILES, sequence_length=4, alignment=1, pad=0).to("meta")
+    tensors = [value for value in vars(pack).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 7 and all(tensor.is_meta for tensor in tensors)
+    assert pack.max_seqlen == 2
