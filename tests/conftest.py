@@ -62,7 +62,7 @@ def cli(capsys, monkeypatch):
 
 @pytest.fixture
 def cli_process():
-    """Runs the command line in a process of its own, from the checkout: ``cli_process("recipes") -> CompletedProcess``."""
+    """Runs the command line in a process of its own, in the checkout: ``cli_process("recipes").stdout``."""
 
     def run(*argv: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "nemo_bluelm.cli.main", *argv]

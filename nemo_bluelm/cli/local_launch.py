@@ -33,11 +33,10 @@ def launch(arguments: list[str], nproc: int) -> int:
     logging.disable(logging.CRITICAL)
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    os.environ[worker.PARENT] = str(os.getpid())
     with tempfile.TemporaryDirectory(prefix="nemo-bluelm-") as folder:
         reports = Path(folder) / "reports"
         reports.mkdir()
-        os.environ[worker.REPORTS] = str(reports)
+        marks = {worker.PARENT: str(os.getpid()), worker.REPORTS: str(reports)}
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -51,6 +50,7 @@ def launch(arguments: list[str], nproc: int) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder) / "logs")),
         )
         command = elastic_launch(config, entrypoint=sys.executable)
+        os.environ.update(marks)  # for the ranks, which inherit it
         try:
             command("-u", "-m", "nemo_bluelm.cli.main", *arguments)
         except ChildFailedError as error:
@@ -61,6 +61,9 @@ def launch(arguments: list[str], nproc: int) -> int:
                 raise KeyboardInterrupt from None
             worker.print_error(f"ended by {signal.Signals(error.sigval).name}")
             return 128 + error.sigval
+        finally:
+            for name in marks:
+                del os.environ[name]
     return 0
 
 

@@ -4,9 +4,12 @@ import argparse
 import json
 import re
 import sys
+from typing import TYPE_CHECKING
 
 from nemo_bluelm.cli.arguments import add_json_argument, add_recipe_arguments, positive
-from nemo_bluelm.config.schema import Recipe
+
+if TYPE_CHECKING:  # it brings omegaconf, which --help needn't wait for
+    from nemo_bluelm.config.schema import Recipe
 
 # One tile, a phone screen, a page, a wide photo, the largest input (pixels, width x height).
 _SIZES = [(378, 378), (1080, 2400), (1240, 1754), (1920, 1080), (1512, 1512)]
@@ -59,7 +62,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _parameters(recipe: Recipe) -> dict[str, int]:
+def _parameters(recipe: "Recipe") -> dict[str, int]:
     if sys.stderr.isatty():
         print("building the model on the meta device ...", file=sys.stderr)
     from nemo_bluelm.runtime.params import count_parameters
@@ -67,7 +70,7 @@ def _parameters(recipe: Recipe) -> dict[str, int]:
     return count_parameters(recipe.model)
 
 
-def _images(recipe: Recipe, sizes: list[tuple[int, int]]) -> list[dict]:
+def _images(recipe: "Recipe", sizes: list[tuple[int, int]]) -> list[dict]:
     from nemo_bluelm.config.checks import geometry
 
     shape = geometry(recipe)
@@ -83,7 +86,7 @@ def _images(recipe: Recipe, sizes: list[tuple[int, int]]) -> list[dict]:
     ]
 
 
-def _layout(recipe: Recipe, world_size: int | None) -> dict:
+def _layout(recipe: "Recipe", world_size: int | None) -> dict:
     parallel = recipe.parallel
     layout = {
         "tensor": parallel.tensor,
@@ -101,7 +104,7 @@ def _layout(recipe: Recipe, world_size: int | None) -> dict:
     return layout
 
 
-def _show(plan: dict, recipe: Recipe) -> None:
+def _show(plan: dict, recipe: "Recipe") -> None:
     import yaml
     from rich.console import Console
     from rich.table import Table

@@ -15,7 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nemo_bluelm.train.quickstart import run as quickstart
+    from nemo_bluelm.quickstart import run as quickstart
 
-    quickstart(args.out)
-    return 0
+    return quickstart(args.out)

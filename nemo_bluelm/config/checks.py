@@ -221,7 +221,8 @@ def _pipeline(recipe: Recipe) -> Iterator[str]:
     parts = ranks * (virtual or 1)
     if rest % parts:
         by = "pipeline stages" if virtual is None else "pipeline stages times virtual_pipeline"
-        yield f"{counted} is {rest}, not a multiple of the {parts} {by}; the nearest is {_nearest_multiple(rest, parts)}"
+        nearest = _nearest_multiple(rest, parts)
+        yield f"{counted} is {rest}, not a multiple of the {parts} {by}; the nearest is {nearest}"
 
 
 def _schedule(recipe: Recipe) -> Iterator[str]:

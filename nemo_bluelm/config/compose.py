@@ -187,5 +187,5 @@ def _check_overrides(overrides: list[str]) -> None:
             raise UserError(
                 f"{override}: {key} is a setting of Hydra, which has no effect here; only hydra.searchpath has"
             )
-        if not override.startswith("~") and "=" not in override:
+        if not key or (not override.startswith("~") and "=" not in override):
             raise UserError(f"{override}: an override is key=value, for example train.steps=100")

@@ -36,6 +36,7 @@ def did_you_mean(key: str) -> str:
     leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
     close = (
         _nearest(leaf, siblings)
+        or _contained(leaf, siblings)
         or leaves.get(leaf)
         or _nearest(".".join(parts), {k: k for k in keys if not key.startswith(f"{k}.")}, 0.8)
         or (None if siblings and parent else _nearest(leaf, leaves))
@@ -45,6 +46,12 @@ def did_you_mean(key: str) -> str:
     if not siblings:
         parent, siblings = "", [k for k in keys if "." not in k]
     return f"{parent.replace('NAME', entry) or 'a recipe'} has {', '.join(siblings)}"
+
+
+def _contained(word: str, choices: dict[str, str]) -> str | None:
+    """The longest choice inside the word: ``tensor`` for ``tensor_parallel_size``."""
+    inside = [name for name in choices if len(name) > 2 and name in word]
+    return choices[max(inside, key=len)] if inside else None
 
 
 def _nearest(word: str, choices: dict[str, str], cutoff: float = 0.6) -> str | None:

@@ -10,6 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from nemo_bluelm.config.schema import ModelConfig, Part
+from nemo_bluelm.data.packs import PackedBatch
 from nemo_bluelm.layers.context import context_rows
 from nemo_bluelm.model.config import LanguageTransformerConfig, model_geometry, vision_transformer_config
 from nemo_bluelm.model.language import LanguageModel
@@ -99,20 +100,11 @@ class BlueLMModel(MegatronModule):
         weights = [w for part in (self.vision, self.projector) for w in part.parameters() if w.requires_grad]
         return sum((w.sum() * 0.0 for w in weights), torch.zeros((), dtype=self.config.params_dtype))
 
-    def forward(
-        self,
-        tokens: Tensor,
-        position_ids: Tensor,
-        tiles: Tensor,
-        packed_seq_params: PackedSeqParams,
-        labels: Optional[Tensor] = None,
-    ) -> Tensor:
+    def forward(self, batch: PackedBatch, labels: Optional[Tensor] = None) -> Tensor:
         """One pack through this rank's part of the model.
 
         Args:
-            tokens, position_ids: int64 [1, S], the whole row on every rank.
-            tiles: uint8 [n, 3, T, T].
-            packed_seq_params: documents of the row, ``thd`` format, padded bounds included.
+            batch: the whole row on every rank.
             labels: int64 [1, S / context size], this context-parallel rank's rows.
 
         Returns:
@@ -121,15 +113,32 @@ class BlueLMModel(MegatronModule):
         """
         hidden = None
         if self.pre_process:
-            hidden = self.embed(tokens, position_ids, tiles)
-            hidden = context_rows(hidden.transpose(0, 1), packed_seq_params.cu_seqlens_q_padded).transpose(0, 1)
+            hidden = self.embed(batch.tokens, batch.position_ids, batch.tiles)
+            hidden = context_rows(hidden.transpose(0, 1), batch.cu_seqlens_padded).transpose(0, 1)
             if self.config.sequence_parallel:
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
         return self.language(
-            tokens,
-            position_ids,
+            batch.tokens,
+            batch.position_ids,
             attention_mask=None,
             decoder_input=hidden,
             labels=labels,
-            packed_seq_params=packed_seq_params,
+            packed_seq_params=packed_seq_params(batch),
         )
+
+
+def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
+    """A pack's documents as Megatron-Core and Transformer Engine want them.
+
+    The padded bounds serve as the real ones too: pads follow the tokens of their document, so a causal mask hides them.
+    """
+    bounds, longest = batch.cu_seqlens_padded, batch.max_seqlen
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

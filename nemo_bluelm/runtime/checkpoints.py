@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from nemo_bluelm.errors import UserError
 
 PREFIX = "step_"
+RECIPE_FILE, TOKENIZER_FILE = "recipe.yaml", "tokenizer.json"  # beside "weights" in every checkpoint
 
 
 def checkpoints_dir(run_dir: Path) -> Path:

@@ -31,3 +31,5 @@ def prepare() -> None:
 
     CallbackGroup.get_instance()._callbacks.clear()
     nemo_logging.setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):  # Lightning sets their levels at import
+        logging.getLogger(name).setLevel(logging.ERROR)

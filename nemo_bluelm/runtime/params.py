@@ -16,7 +16,7 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
 
     from nemo_bluelm.model.bluelm import BlueLMModel
     from nemo_bluelm.model.config import language_transformer_config
-    from nemo_bluelm.runtime.world import single_process_world
+    from nemo_bluelm.runtime.single import single_process_world
 
     with single_process_world(), torch.device("meta"):
         config = language_transformer_config(model.language, ParallelConfig(), torch.bfloat16)

@@ -4,7 +4,6 @@ from typing import Optional
 
 import lightning.pytorch as L
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from nemo import lightning as nl
 from nemo.lightning import io
 from nemo.lightning.megatron_parallel import MegatronLossReduction
@@ -16,19 +15,6 @@ from nemo_bluelm.layers.context import context_rows
 from nemo_bluelm.model.bluelm import BlueLMModel
 from nemo_bluelm.model.config import TORCH_DTYPE, language_transformer_config
 from nemo_bluelm.model.init import initialize
-
-
-def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
-    """A pack's documents as Megatron-Core and Transformer Engine want them."""
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens_padded,
-        cu_seqlens_kv=batch.cu_seqlens_padded,
-        cu_seqlens_q_padded=batch.cu_seqlens_padded,
-        cu_seqlens_kv_padded=batch.cu_seqlens_padded,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
 
 
 class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
@@ -88,13 +74,7 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """One pack through this rank's part: row losses [1, S / context size] on the last stage."""
-        return self.module(
-            batch.tokens,
-            batch.position_ids,
-            batch.tiles,
-            packed_seq_params(batch),
-            labels=context_rows(batch.labels, batch.cu_seqlens_padded),
-        )
+        return self.module(batch, labels=context_rows(batch.labels, batch.cu_seqlens_padded))
 
     def forward_step(self, batch: PackedBatch) -> Tensor:
         return self.forward(batch)

@@ -8,8 +8,6 @@ from nemo_bluelm.config.compose import to_yaml
 from nemo_bluelm.config.schema import Dtype, Recipe
 from nemo_bluelm.errors import UserError
 
-RECIPE_FILE, TOKENIZER_FILE = "recipe.yaml", "tokenizer.json"
-
 
 def train(recipe: Recipe) -> int:
     """Run a recipe to its last step, going on from the newest checkpoint in its run folder if there is one.
@@ -26,7 +24,14 @@ def train(recipe: Recipe) -> int:
     from nemo_bluelm.runtime.environment import prepare
 
     prepare()
-    from nemo_bluelm.runtime.checkpoints import Checkpoints, published, resolve_checkpoint, step_of
+    from nemo_bluelm.runtime.checkpoints import (
+        RECIPE_FILE,
+        TOKENIZER_FILE,
+        Checkpoints,
+        published,
+        resolve_checkpoint,
+        step_of,
+    )
     from nemo_bluelm.train.interrupt import StopOnSignal
     from nemo_bluelm.train.metrics import Metrics
 
@@ -34,7 +39,7 @@ def train(recipe: Recipe) -> int:
     stream = open_data(recipe)
     init_from = resolve_checkpoint(recipe.init_from, "init_from") if recipe.init_from else None
     if rank == 0:
-        _make_run_dir(run_dir, to_yaml(recipe))
+        _make_run_dir(run_dir, RECIPE_FILE, to_yaml(recipe))
     resume_from = published(run_dir)[-1] if published(run_dir) else None
     if resume_from is not None and step_of(resume_from) >= recipe.train.steps:
         if rank == 0:
@@ -115,9 +120,9 @@ def open_data(recipe: Recipe):
     return stream
 
 
-def _make_run_dir(run_dir: Path, recipe_yaml: str) -> None:
+def _make_run_dir(run_dir: Path, name: str, content: str) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / RECIPE_FILE).write_text(recipe_yaml)
+        (run_dir / name).write_text(content)
     except OSError as error:
         raise UserError(f"run_dir {run_dir} can't be written: {error.strerror}; set run_dir to a writable folder") from error

@@ -1,0 +1,59 @@
+"""Models in one process, outside a training job: counted, generated with, exported."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from nemo_bluelm.config.compose import load_recipe
+from nemo_bluelm.config.schema import ParallelConfig, Recipe
+from nemo_bluelm.data.tokenizer import Tokenizer
+from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.checkpoints import RECIPE_FILE, TOKENIZER_FILE
+
+STATE_PREFIX = "module."  # NeMo stores the state of the LightningModule, which holds the model as ``module``
+
+
+@contextmanager
+def single_process_world() -> Iterator[None]:
+    """Megatron's process groups with one rank; no network, no environment variables. Call ``prepare`` before."""
+    from megatron.core import parallel_state
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def load_model(checkpoint: Path) -> tuple[torch.nn.Module, Recipe, Tokenizer]:
+    """The model of a checkpoint of any layout, whole, in evaluation mode; inside :func:`single_process_world`.
+
+    Raises:
+        UserError: the folder is not a complete checkpoint.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    from nemo_bluelm.model.bluelm import BlueLMModel
+    from nemo_bluelm.model.config import TORCH_DTYPE, language_transformer_config
+
+    for name in (RECIPE_FILE, TOKENIZER_FILE, "weights"):
+        if not (checkpoint / name).exists():
+            raise UserError(f"{checkpoint} is not a complete checkpoint: {name} is missing; choose another step")
+    recipe = load_recipe(str(checkpoint / RECIPE_FILE), [])
+    tokenizer = Tokenizer.load(checkpoint / TOKENIZER_FILE)
+    config = language_transformer_config(recipe.model.language, ParallelConfig(), TORCH_DTYPE[recipe.precision.dtype])
+    model = BlueLMModel(config, recipe.model, tokenizer.image, recipe.data.sequence_length)
+    wanted = model.sharded_state_dict(prefix=STATE_PREFIX)
+    try:
+        state = dist_checkpointing.load(wanted, str(checkpoint / "weights"))
+    except (CheckpointingException, OSError) as error:
+        raise UserError(f"{checkpoint / 'weights'} can't be read: {error}; choose another step") from error
+    # Megatron adds the training state (step, optimizer settings) of the checkpoint to what was asked for.
+    model.load_state_dict({name.removeprefix(STATE_PREFIX): state[name] for name in wanted})
+    return model.eval(), recipe, tokenizer
