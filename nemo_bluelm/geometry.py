@@ -88,7 +88,7 @@ class Geometry:
         return best
 
     def fit(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the resized image inside its grid's canvas, aspect ratio kept, rounded up as LLaVA-NeXT does."""
+        """(width, height) to resize to inside the grid's canvas; keeps the aspect ratio, rounds up as LLaVA-NeXT."""
         cols, rows = self.grid(width, height)
         canvas_width, canvas_height = cols * self.tile, rows * self.tile
         scale_width, scale_height = canvas_width / width, canvas_height / height

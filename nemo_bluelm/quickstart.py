@@ -11,6 +11,7 @@ from rich.table import Table
 
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.run_dir import read_metrics, resolve_checkpoint
 
 # Recipe and the stage whose checkpoint it starts from.
 STAGES = (("align_projector", None), ("sft", "align_projector"))
@@ -72,8 +73,6 @@ def _run_dir(out: Path, stage: str) -> Path:
 
 def _stage_row(out: Path, stage: str, overrides: list[str]) -> dict:
     """What a finished run says of itself; the first step, which warms caches, is left out of the speed."""
-    from nemo_bluelm.train.metrics import read_metrics
-
     steps = read_metrics(_run_dir(out, stage))
     losses = [step["loss"] for step in steps]
     seconds = sum(step["seconds"] for step in steps)
@@ -92,7 +91,6 @@ def _evaluate(run_dir: Path, shard: Path) -> dict:
     """Exact-match accuracy without thinking, and one reply in each mode to the first held-out image."""
     from nemo_bluelm.data.records import read_records
     from nemo_bluelm.generate.generator import Prompt, open_generator
-    from nemo_bluelm.runtime.checkpoints import resolve_checkpoint
 
     questions = [(record.messages, images) for _, record, images in read_records(shard)]
     prompts = [Prompt(messages[:-1], images) for messages, images in questions]

@@ -81,3 +81,13 @@ def one_line(code: int, stderr: str) -> str:
     assert len(lines) == 1, stderr
     assert lines[0].startswith("nemo-bluelm: error: ")
     return lines[0].removeprefix("nemo-bluelm: error: ")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The quickstart's corpus, made once."""
+    from nemo_bluelm.data.corpus import make_corpus
+
+    folder = tmp_path_factory.mktemp("corpus") / "corpus"
+    make_corpus(folder)
+    return folder

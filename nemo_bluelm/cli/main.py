@@ -1,6 +1,6 @@
 """The ``nemo-bluelm`` command: finds the subcommand, runs it, turns mistakes into one line and an exit code.
 
-Only the standard library and ``nemo_bluelm.errors`` are imported here, so that ``--help`` answers at once; a command's
+Only the standard library and light modules of ours are imported here, so that ``--help`` answers at once; a command's
 module is imported when that command is called.
 """
 
@@ -12,6 +12,7 @@ from types import ModuleType
 
 from nemo_bluelm.cli import worker
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.environment import quiet
 
 # Command -> what --help says about it. The command's module is nemo_bluelm.cli.<name>_command.
 COMMANDS = {
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     worker.follow_parent()
+    quiet()
     try:
         args = parse(argv)
         if args.version:

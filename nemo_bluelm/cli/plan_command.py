@@ -71,9 +71,9 @@ def _parameters(recipe: "Recipe") -> dict[str, int]:
 
 
 def _images(recipe: "Recipe", sizes: list[tuple[int, int]]) -> list[dict]:
-    from nemo_bluelm.config.checks import geometry
+    from nemo_bluelm.config.schema import geometry_of
 
-    shape = geometry(recipe)
+    shape = geometry_of(recipe.model)
     return [
         {
             "width": width,

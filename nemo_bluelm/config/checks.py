@@ -3,9 +3,8 @@
 import math
 from typing import Iterator
 
-from nemo_bluelm.config.schema import Part, Recipe, Schedule
+from nemo_bluelm.config.schema import Part, Recipe, Schedule, geometry_of
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.geometry import Geometry
 
 
 def check_recipe(recipe: Recipe, world_size: int | None) -> None:
@@ -49,15 +48,6 @@ def alignment(recipe: Recipe) -> int:
     """
     context = recipe.parallel.context
     return 2 * context if context > 1 else 1
-
-
-def geometry(recipe: Recipe) -> Geometry:
-    """The recipe's AnyRes geometry.
-
-    Raises:
-        UserError: sizes that cannot tile.
-    """
-    return Geometry(**vars(recipe.model.geometry))
 
 
 # Key -> (smallest allowed value, whether that value itself is allowed).
@@ -143,7 +133,7 @@ def _mixture(recipe: Recipe) -> Iterator[str]:
 
 
 def _vision(recipe: Recipe) -> Iterator[str]:
-    vision, shape = recipe.model.vision, geometry(recipe)
+    vision, shape = recipe.model.vision, geometry_of(recipe.model)
     if vision.hidden_size % vision.num_attention_heads:
         yield _not_multiple(
             "model.vision.hidden_size", vision.hidden_size, "num_attention_heads", vision.num_attention_heads

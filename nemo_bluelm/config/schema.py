@@ -37,7 +37,7 @@ class Part(str, Enum):
 
 @dataclass
 class VisionConfig:
-    """SigLIP2 vision transformer without pooling head. Defaults: so400m, patch 14 (timm vit_so400m_patch14_siglip_378.v2_webli)."""
+    """SigLIP2 vision transformer without pooling head. Defaults: timm ``vit_so400m_patch14_siglip_378.v2_webli``."""
 
     num_layers: int = 27
     hidden_size: int = 1152
@@ -83,6 +83,15 @@ class ModelConfig:
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
 
 
+def geometry_of(model: ModelConfig) -> Geometry:
+    """The model's AnyRes geometry.
+
+    Raises:
+        UserError: sizes that cannot tile.
+    """
+    return Geometry(**vars(model.geometry))
+
+
 @dataclass
 class SourceConfig:
     """One part of the data mixture."""
@@ -102,7 +111,7 @@ class DataConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the model is laid over ranks. Data parallelism is what remains: world size / (tensor * pipeline * context)."""
+    """How the model is laid over ranks. Data parallelism is what remains: world / (tensor * pipeline * context)."""
 
     tensor: int = 1
     sequence: bool = False  # sequence parallelism inside the tensor-parallel group

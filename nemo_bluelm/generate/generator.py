@@ -9,6 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from nemo_bluelm.config.schema import geometry_of
 from nemo_bluelm.data.chat import Encoded, Message, encode_prompt
 from nemo_bluelm.data.images import load_tiles
 from nemo_bluelm.data.packs import collate
@@ -35,7 +36,7 @@ class Reply:
 
     @classmethod
     def parse(cls, tokens: list[int], tokenizer: Tokenizer) -> "Reply":
-        """Split new tokens at ``<think>``, ``</think>`` and ``</s>``. A thought that was not closed leaves no answer."""
+        """Split new tokens at ``<think>``, ``</think>`` and ``</s>``; an unclosed thought leaves no answer."""
         finished = tokens[-1:] == [tokenizer.eos]
         body = tokens[:-1] if finished else tokens
         if body[:1] != [tokenizer.think]:
@@ -97,9 +98,8 @@ def open_generator(checkpoint: Path) -> Iterator[Generator]:
     from nemo_bluelm.runtime.environment import prepare
 
     prepare()
-    from nemo_bluelm.model.config import model_geometry
     from nemo_bluelm.runtime.single import load_model, single_process_world
 
     with single_process_world():
         model, recipe, tokenizer = load_model(checkpoint)
-        yield Generator(model, tokenizer, model_geometry(recipe.model))
+        yield Generator(model, tokenizer, geometry_of(recipe.model))

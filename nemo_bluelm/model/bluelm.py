@@ -9,10 +9,10 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from nemo_bluelm.config.schema import ModelConfig, Part
+from nemo_bluelm.config.schema import ModelConfig, Part, geometry_of
 from nemo_bluelm.data.packs import PackedBatch
 from nemo_bluelm.layers.context import context_rows
-from nemo_bluelm.model.config import LanguageTransformerConfig, model_geometry, vision_transformer_config
+from nemo_bluelm.model.config import LanguageTransformerConfig, vision_transformer_config
 from nemo_bluelm.model.language import LanguageModel
 from nemo_bluelm.model.projector import Projector
 from nemo_bluelm.model.vision import VisionTower
@@ -49,7 +49,7 @@ class BlueLMModel(MegatronModule):
         self.image_token_id = image_token_id
         self.share_embeddings_and_output_weights = model.language.share_embeddings_and_output_weights
         if pre_process:
-            geometry = model_geometry(model)
+            geometry = geometry_of(model)
             device = None if config.use_cpu_initialization else torch.cuda.current_device()
             self.vision = VisionTower(vision_transformer_config(model.vision, config.params_dtype), geometry)
             self.projector = Projector(

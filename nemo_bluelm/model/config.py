@@ -1,13 +1,12 @@
 """From the recipe's model section to the Megatron-Core configurations of its two transformers."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_bluelm.config.schema import Dtype, LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
-from nemo_bluelm.geometry import Geometry
+from nemo_bluelm.config.schema import Dtype, LanguageConfig, ParallelConfig, VisionConfig
 from nemo_bluelm.layers.specs import HAVE_TE
 
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
@@ -27,10 +26,6 @@ class LanguageTransformerConfig(TransformerConfig):
     yarn_mscale: float = 1.0
     yarn_mscale_all_dim: float = 0.0
     yarn_correction_range_round_to_int: bool = True
-
-
-def model_geometry(model: ModelConfig) -> Geometry:
-    return Geometry(**{f.name: getattr(model.geometry, f.name) for f in fields(Geometry)})
 
 
 def _common(dtype: torch.dtype) -> dict:

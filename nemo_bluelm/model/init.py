@@ -51,7 +51,8 @@ def initialize(model: torch.nn.Module, language: LanguageConfig, seed: int) -> N
     """
     _mark_pieces(model.language)
     for shard in local_shards(model):
-        layer, global_shape = shard.global_offset[: shard.prepend_axis_num], shard.global_shape[shard.prepend_axis_num :]
+        stacked = shard.prepend_axis_num  # layers share a name and are told apart by a leading axis
+        layer, global_shape = shard.global_offset[:stacked], shard.global_shape[stacked:]
         if len(global_shape) == 1:
             is_norm_weight = shard.key.endswith("weight")
             shard.data.fill_(1.0 if is_norm_weight else 0.0)
@@ -59,7 +60,7 @@ def initialize(model: torch.nn.Module, language: LanguageConfig, seed: int) -> N
         generator = _generator(seed, f"{shard.key}{list(layer)}", shard.data.device)
         full = torch.empty(global_shape, device=shard.data.device).normal_(0, 1, generator=generator)
         full *= _std(shard.key, global_shape, language)
-        shard.data.copy_(full[shard.global_slice()[shard.prepend_axis_num :]])
+        shard.data.copy_(full[shard.global_slice()[stacked:]])
 
 
 def _mark_pieces(language: torch.nn.Module) -> None:
@@ -80,4 +81,3 @@ def _std(name: str, shape: tuple[int, ...], language: LanguageConfig) -> float:
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return language.init_method_std / math.sqrt(2 * language.num_layers)
     return language.init_method_std
-

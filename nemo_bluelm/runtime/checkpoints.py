@@ -1,4 +1,4 @@
-"""Checkpoints of a run: where they lie, how one is published, which one to go on from."""
+"""How a run saves its checkpoints: published by rename, so that one that can be seen is whole."""
 
 import os
 import shutil
@@ -9,39 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from nemo_bluelm.errors import UserError
-
-PREFIX = "step_"
-RECIPE_FILE, TOKENIZER_FILE = "recipe.yaml", "tokenizer.json"  # beside "weights" in every checkpoint
-
-
-def checkpoints_dir(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
-
-
-def step_of(checkpoint: Path) -> int:
-    """Optimizer steps done when the checkpoint was written."""
-    return int(checkpoint.name.removeprefix(PREFIX))
-
-
-def published(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. A folder has its name only once everything in it is written."""
-    return sorted(checkpoints_dir(run_dir).glob(f"{PREFIX}[0-9]*"), key=step_of)
-
-
-def resolve_checkpoint(path: str, key: str) -> Path:
-    """The checkpoint that a run folder (its newest) or a checkpoint folder names.
-
-    Raises:
-        UserError: there is none; ``key`` is the recipe key or flag to name.
-    """
-    folder = Path(path)
-    if (folder / "weights").is_dir():
-        return folder.resolve()
-    found = published(folder)
-    if not found:
-        what = "has no checkpoint" if folder.is_dir() else "does not exist"
-        raise UserError(f"{key} is {path}, which {what}; give a run folder or one of its checkpoints/{PREFIX}* folders")
-    return found[-1].resolve()
+from nemo_bluelm.runtime.run_dir import checkpoint_path, published
 
 
 class Checkpoints(Callback):
@@ -67,7 +35,7 @@ class Checkpoints(Callback):
     def save(self, trainer: Trainer) -> None:
         """Write the state after ``trainer.global_step`` steps unless that is done already; all ranks must call it."""
         step = trainer.global_step
-        final = checkpoints_dir(self.run_dir) / f"{PREFIX}{step:08d}"
+        final = checkpoint_path(self.run_dir, step)
         if self.last_saved == step or final.exists():
             return
         partial = final.with_name(f".{final.name}.partial")
@@ -85,7 +53,8 @@ class Checkpoints(Callback):
                 self._prune()
         except OSError as error:
             raise UserError(
-                f"can't write checkpoint {final}: {error.strerror or error}; free space or set run_dir to a writable folder"
+                f"can't write checkpoint {final}: {error.strerror or error}; "
+                "free space, or set run_dir to a writable folder"
             ) from error
         torch.distributed.barrier()
         self.last_saved = step

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from nemo_bluelm.data.packs import PackedBatch
 from nemo_bluelm.data.stream import PackStream
+from nemo_bluelm.errors import UserError
 
 
 class RankPacks(IterableDataset):
@@ -70,6 +71,21 @@ class PackDataModule(L.LightningDataModule):
         super().__init__()
         self.stream = stream
         self.data_sampler = PackSampler(global_batch_size, sequence_length)
+
+    def state_dict(self) -> dict[str, str]:
+        """What a checkpoint keeps of the data; the position follows from the step."""
+        return {"fingerprint": self.stream.fingerprint}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """
+        Raises:
+            UserError: the packs after this checkpoint would not be the ones of the run that wrote it.
+        """
+        if state["fingerprint"] != self.stream.fingerprint:
+            raise UserError(
+                "the shards or the tokenizer in data.root changed since the checkpoint was written; "
+                "restore them, or choose another run_dir to start afresh"
+            )
 
     def train_dataloader(self) -> DataLoader:
         dataset = RankPacks(

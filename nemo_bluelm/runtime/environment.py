@@ -1,23 +1,28 @@
-"""What a process must set before it imports Megatron-Core and NeMo. Call :func:`prepare` first."""
+"""What a process must set before it imports Megatron-Core and NeMo. Imports nothing heavy itself."""
 
 import logging
 import os
 import warnings
 
 
+def quiet() -> None:
+    """Silence what users can't act on: deprecations and missing optional packages of the libraries below us."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning", "megatron", "nv_one_logger", "torch.distributed", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.ERROR)
+
+
 def prepare() -> None:
-    """Pick the device layer and silence what users can't act on. Idempotent and cheap after the first call.
+    """Pick the device layer. Call it before anything imports Megatron-Core; idempotent and cheap after the first call.
 
     A machine with a GPU is left as it is; without one, :mod:`nemo_bluelm.runtime.cpu` is activated.
     No telemetry leaves the machine: NeMo's OneLogger hooks, which also raise where they are not configured, are off.
     """
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("NEMO_LOG_TRAIN_LOSS", "0")  # our progress callback reports the loss, without a host sync
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")  # Megatron-Core compiles an allocator at import otherwise
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-    for name in ("lightning", "megatron", "nv_one_logger", "torch.distributed", "transformers", "root"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
+    os.environ.setdefault("NEMO_LOG_TRAIN_LOSS", "0")  # our metrics callback reports it
+    # Without a list, Megatron-Core's import fails on a machine that has nvcc and no GPU.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
 
     import torch
 

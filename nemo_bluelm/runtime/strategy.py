@@ -75,7 +75,7 @@ def build_strategy(recipe: Recipe, init_from: Optional[Path]) -> Strategy:
 
 
 def build_trainer(recipe: Recipe, strategy: Strategy, callbacks: list[Callback]) -> nl.Trainer:
-    """A NeMo trainer for ``recipe.train.steps`` steps; world size and ranks come from torchrun's or Slurm's environment."""
+    """A NeMo trainer for ``recipe.train.steps`` steps; world size and ranks come from the launcher's environment."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return nl.Trainer(

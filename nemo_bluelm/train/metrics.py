@@ -11,12 +11,7 @@ from megatron.core import parallel_state
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-METRICS_FILE = "metrics.jsonl"
-
-
-def read_metrics(run_dir: Path) -> list[dict]:
-    """The metrics of a run, a dict a step."""
-    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+from nemo_bluelm.runtime.run_dir import METRICS_FILE
 
 
 class Metrics(Callback):

@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 
-from nemo_bluelm.config.checks import alignment, check_recipe
+from nemo_bluelm.config.checks import alignment, check_machine, check_recipe
 from nemo_bluelm.config.compose import to_yaml
-from nemo_bluelm.config.schema import Dtype, Recipe
+from nemo_bluelm.config.schema import Dtype, Recipe, geometry_of
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.environment import prepare, quiet
+from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE, newest, resolve_checkpoint, step_of
+from nemo_bluelm.train.continuity import check_init, check_resume
 
 
 def train(recipe: Recipe) -> int:
@@ -18,45 +21,39 @@ def train(recipe: Recipe) -> int:
     Raises:
         UserError: recipe, data, checkpoint or folder can't be used.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    check_recipe(recipe, world_size)
+    rank = int(os.environ.get("RANK", 0))
+    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", 1)))
+    check_machine(recipe)
+    run_dir = Path(recipe.run_dir).absolute()
+    resume_from = newest(run_dir)
+    if resume_from is not None:
+        check_resume(recipe, resume_from)
+        if step_of(resume_from) >= recipe.train.steps:
+            if rank == 0:
+                print(f"{recipe.name} is complete: {resume_from} holds its last step")
+            return 0
+    init_from = resolve_checkpoint(recipe.init_from, "init_from") if recipe.init_from else None
 
-    from nemo_bluelm.runtime.environment import prepare
+    quiet()
+    stream = open_data(recipe)
+    if init_from is not None:
+        check_init(recipe, init_from)
+    recipe_yaml = to_yaml(recipe).encode()
+    if rank == 0:
+        _make_run_dir(run_dir, recipe_yaml)
 
     prepare()
-    from nemo_bluelm.runtime.checkpoints import (
-        RECIPE_FILE,
-        TOKENIZER_FILE,
-        Checkpoints,
-        published,
-        resolve_checkpoint,
-        step_of,
-    )
+    from nemo_bluelm.runtime.checkpoints import Checkpoints
     from nemo_bluelm.train.interrupt import StopOnSignal
     from nemo_bluelm.train.metrics import Metrics
 
-    run_dir = Path(recipe.run_dir).absolute()
-    stream = open_data(recipe)
-    init_from = resolve_checkpoint(recipe.init_from, "init_from") if recipe.init_from else None
-    if rank == 0:
-        _make_run_dir(run_dir, RECIPE_FILE, to_yaml(recipe))
-    resume_from = published(run_dir)[-1] if published(run_dir) else None
-    if resume_from is not None and step_of(resume_from) >= recipe.train.steps:
-        if rank == 0:
-            print(f"{recipe.name} is complete: {resume_from} holds its last step")
-        return 0
-
-    files = {
-        RECIPE_FILE: to_yaml(recipe).encode(),
-        TOKENIZER_FILE: (Path(recipe.data.root) / recipe.data.tokenizer).read_bytes(),
-    }
+    tokenizer = (Path(recipe.data.root) / recipe.data.tokenizer).read_bytes()
+    files = {RECIPE_FILE: recipe_yaml, TOKENIZER_FILE: tokenizer}
     checkpoints = Checkpoints(run_dir, files, recipe.train.save_every, recipe.train.keep_checkpoints)
     stop = StopOnSignal(checkpoints)
     metrics = Metrics(run_dir, recipe.name, recipe.train.steps, recipe.train.log_every)
     fit(recipe, stream, [metrics, checkpoints, stop], init_from, resume_from)
-    if stop.received:
-        return 128 + stop.received
-    return 0
+    return 128 + stop.received if stop.received else 0
 
 
 def fit(recipe: Recipe, stream, callbacks: list, init_from=None, resume_from=None) -> None:
@@ -106,11 +103,14 @@ def fit(recipe: Recipe, stream, callbacks: list, init_from=None, resume_from=Non
 
 
 def open_data(recipe: Recipe):
-    """The run's PackStream, its tokenizer checked against the model."""
-    from nemo_bluelm.data.stream import PackStream
-    from nemo_bluelm.model.config import model_geometry
+    """The run's PackStream, its tokenizer checked against the model.
 
-    stream = PackStream(recipe.data, model_geometry(recipe.model), recipe.seed, alignment(recipe))
+    Raises:
+        UserError: as PackStream; a tokenizer with more tokens than the model has rows.
+    """
+    from nemo_bluelm.data.stream import PackStream
+
+    stream = PackStream(recipe.data, geometry_of(recipe.model), recipe.seed, alignment(recipe))
     rows = recipe.model.language.vocab_size
     if stream.tokenizer.vocab_size > rows:
         raise UserError(
@@ -120,9 +120,11 @@ def open_data(recipe: Recipe):
     return stream
 
 
-def _make_run_dir(run_dir: Path, name: str, content: str) -> None:
+def _make_run_dir(run_dir: Path, recipe_yaml: bytes) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / name).write_text(content)
+        (run_dir / RECIPE_FILE).write_bytes(recipe_yaml)
     except OSError as error:
-        raise UserError(f"run_dir {run_dir} can't be written: {error.strerror}; set run_dir to a writable folder") from error
+        raise UserError(
+            f"run_dir {run_dir} can't be written: {error.strerror}; set run_dir to a writable folder"
+        ) from error

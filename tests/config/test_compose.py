@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from nemo_bluelm import resources
-from nemo_bluelm.config.checks import alignment, check_recipe, geometry
+from nemo_bluelm.config.checks import alignment, check_recipe
 from nemo_bluelm.config.compose import compose, load_recipe, load_without_data, to_yaml
 from nemo_bluelm.config.keys import did_you_mean, schema_keys
-from nemo_bluelm.config.schema import Dtype, Part, Recipe, SourceConfig
+from nemo_bluelm.config.schema import Dtype, Part, Recipe, SourceConfig, geometry_of
 from nemo_bluelm.errors import UserError
 
 FULL_SCALE = ["data.root=corpus", "init_from=run"]
@@ -19,14 +19,14 @@ def test_tiny_recipes_run_on_one_and_two_processes(name):
     recipe = load_recipe(name, [])
     for world_size in (1, 2):
         check_recipe(recipe, world_size)
-    assert geometry(recipe).tokens_per_tile == 4
+    assert geometry_of(recipe.model).tokens_per_tile == 4
 
 
 @pytest.mark.parametrize("name", ["align_projector", "sft"])
 def test_full_scale_recipes_run_on_one_node(name):
     recipe = load_recipe(name, FULL_SCALE)
     check_recipe(recipe, 8)
-    assert geometry(recipe).tokens_per_tile == 196
+    assert geometry_of(recipe.model).tokens_per_tile == 196
     assert recipe.model.language.vocab_size == 100_096
     assert recipe.precision.dtype is Dtype.bf16
 

@@ -5,42 +5,49 @@ import sys
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback
 
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.runtime.environment import prepare
+from nemo_bluelm.train import run
 
-prepare()
-
-from lightning.pytorch import Callback  # noqa: E402
-
-from nemo_bluelm.model.init import local_shards  # noqa: E402
-from nemo_bluelm.train import run  # noqa: E402
-
+ALIGNMENT = 4  # context parallelism aligns documents; every layout must see the same packs to be comparable
 
 
 class Recorder(Callback):
+    """Loss of every step; weights before and gradients of the first one, each with its place in the global tensor."""
+
     def __init__(self):
-        self.losses, self.grads, self.weights = [], None, None
+        self.losses, self.weights, self.grads = [], [], []
 
     def on_megatron_step_end(self, step, microbatch_outputs=None, reduced=None):
-        if reduced is not None and float(reduced):
+        from megatron.core import parallel_state
+
+        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             self.losses.append(float(reduced))
-        if self.grads is None:
-            self.grads, self.weights = [], []
+        if not self.grads:
             for chunk in step.pipeline:
                 model = chunk.module.module
-                trained = {id(p) for p in model.parameters() if p.requires_grad}
-                for shard in local_shards(model):
-                    self.weights.append((shard.key, shard.global_shape, shard.global_slice(), shard.data.clone()))
-                grads = local_shards(model, of=lambda p: p.main_grad if id(p) in trained else torch.zeros_like(p))
-                self.grads += [(s.key, s.global_shape, s.global_slice(), s.data.clone()) for s in grads]
+                self.weights += self._pieces(model, lambda weight: weight.detach())
+                self.grads += self._pieces(model, lambda weight: weight.main_grad)
+
+    @staticmethod
+    def _pieces(model, of):
+        from nemo_bluelm.model.init import local_shards
+
+        return [(s.key, s.global_shape, s.global_slice(), s.data.clone()) for s in local_shards(model, of)]
+
+
+def main(out: str, recipe_path: str, *overrides: str) -> None:
+    recipe = load_recipe(recipe_path, list(overrides))
+    run.alignment = lambda recipe: ALIGNMENT
+    stream = run.open_data(recipe)
+    prepare()
+    recorder = Recorder()
+    run.fit(recipe, stream, [recorder])
+    recorded = {"losses": recorder.losses, "weights": recorder.weights, "grads": recorder.grads}
+    torch.save(recorded, Path(out) / f"rank{os.environ['RANK']}.pt")
 
 
 if __name__ == "__main__":
-    out, recipe_path, *overrides = sys.argv[1:]
-    recipe = load_recipe(recipe_path, overrides)
-    recorder = Recorder()
-    # Context parallelism aligns documents; every layout must see the same packs to be comparable.
-    run.alignment = lambda recipe: 4
-    run.fit(recipe, run.open_data(recipe), [recorder])
-    torch.save({k: getattr(recorder, k) for k in ('losses', 'grads', 'weights')}, Path(out) / f"rank{os.environ.get('RANK', '0')}.pt")
+    main(*sys.argv[1:])

@@ -1,0 +1,59 @@
+"""The folder of a run: its files, its checkpoints, which one to go on from. No torch, so that asking is quick."""
+
+import json
+from pathlib import Path
+from typing import Optional
+
+from nemo_bluelm.errors import UserError
+
+CHECKPOINT_PREFIX = "step_"
+WEIGHTS_DIR = "weights"  # NeMo's name
+RECIPE_FILE, TOKENIZER_FILE = "recipe.yaml", "tokenizer.json"  # beside the weights in every checkpoint
+METRICS_FILE = "metrics.jsonl"
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` optimizer steps lies."""
+    return run_dir / "checkpoints" / f"{CHECKPOINT_PREFIX}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done when the checkpoint was written."""
+    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
+
+
+def published(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. A folder has its name only once everything in it is written."""
+    return sorted((run_dir / "checkpoints").glob(f"{CHECKPOINT_PREFIX}[0-9]*"), key=step_of)
+
+
+def newest(run_dir: Path) -> Optional[Path]:
+    """The checkpoint to go on from, if there is one."""
+    return next(reversed(published(run_dir)), None)
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The metrics of a run, a dict a step."""
+    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+
+
+def resolve_checkpoint(path: str, key: str) -> Path:
+    """The checkpoint that a run folder (its newest) or a checkpoint folder names.
+
+    Args:
+        key: the recipe key or flag that said so, for the message.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(path)
+    checkpoint = folder if (folder / WEIGHTS_DIR).is_dir() else newest(folder)
+    if checkpoint is None:
+        what = "has no checkpoint" if folder.is_dir() else "does not exist"
+        raise UserError(
+            f"{key} is {path}, which {what}; give a run folder or one of its checkpoints/{CHECKPOINT_PREFIX}* folders"
+        )
+    for name in (WEIGHTS_DIR, RECIPE_FILE, TOKENIZER_FILE):
+        if not (checkpoint / name).exists():
+            raise UserError(f"{key}: {checkpoint} is not a complete checkpoint, {name} is missing; choose another step")
+    return checkpoint.resolve()

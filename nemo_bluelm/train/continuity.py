@@ -1,0 +1,79 @@
+"""Which checkpoint a run may go on from or start from: the keys that its weights and its data depend on."""
+
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_bluelm.config.compose import load_recipe
+from nemo_bluelm.config.schema import Recipe
+from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE
+
+# A resumed run must keep these to give what the uninterrupted run would have given; other keys may change.
+KEPT_ON_RESUME = (
+    "model.",
+    "data.",
+    "precision.",
+    "seed",
+    "train.global_batch_size",
+    "train.freeze",
+    "parallel.context",
+)
+MAY_MOVE = ("data.root", "data.tokenizer")  # the stream's fingerprint tells whether their content is the same
+WEIGHT_SHAPES = (
+    "model.vision.",
+    "model.language.",
+    "model.geometry.tile",
+    "model.geometry.patch",
+    "model.geometry.merge",
+)
+NO_SHAPE = ("model.language.init_method_std", "model.language.yarn.", "model.language.rotary_base")
+
+
+def check_resume(recipe: Recipe, checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint of this run folder whose recipe differs where it matters.
+
+    Raises:
+        UserError: naming the key and both values.
+    """
+    key, now, then = _first_difference(recipe, checkpoint, KEPT_ON_RESUME, MAY_MOVE)
+    if key:
+        raise UserError(
+            f"{key} is {now}, but the run in {recipe.run_dir} was started with {then}; "
+            "set it back, or choose another run_dir"
+        )
+
+
+def check_init(recipe: Recipe, checkpoint: Path) -> None:
+    """Refuse weights of another shape, or weights whose token ids mean other tokens.
+
+    Raises:
+        UserError: naming the key and both values.
+    """
+    key, now, then = _first_difference(recipe, checkpoint, WEIGHT_SHAPES, NO_SHAPE)
+    if key:
+        raise UserError(f"{key} is {now}, but init_from {recipe.init_from} was trained with {then}; make them equal")
+    tokenizer = Path(recipe.data.root) / recipe.data.tokenizer
+    if tokenizer.read_bytes() != (checkpoint / TOKENIZER_FILE).read_bytes():
+        raise UserError(
+            f"data.tokenizer {tokenizer} is not the tokenizer that init_from {recipe.init_from} was trained with; "
+            f"use {checkpoint / TOKENIZER_FILE}"
+        )
+
+
+def _first_difference(recipe: Recipe, checkpoint: Path, keys: tuple, but: tuple) -> tuple[str, Any, Any]:
+    now, then = _flat(recipe), _flat(load_recipe(str(checkpoint / RECIPE_FILE), []))
+    for key in sorted(set(now) | set(then)):
+        matters = key.startswith(keys) and not key.startswith(but)
+        if matters and now.get(key) != then.get(key):
+            return key, now.get(key), then.get(key)
+    return "", None, None
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A recipe as {dotted key: value}."""
+    if is_dataclass(node):
+        node = asdict(node)
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}.{name}".lstrip(".")).items()}

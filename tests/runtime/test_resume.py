@@ -1,0 +1,98 @@
+"""A run that is killed and started again must end as if nothing had happened."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from tests.runtime.processes import TRAIN, finish, group_alive, kill, run, start
+
+STEPS = 24
+
+
+def command(corpus, run_dir, *overrides):
+    settings = [f"data.root={corpus}", f"run_dir={run_dir}", f"train.steps={STEPS}", "train.save_every=5"]
+    return [*TRAIN, "recipes/tiny/sft.yaml", *settings, "train.global_batch_size=2", *overrides]
+
+
+def curve(run_dir):
+    """(step, loss, grad_norm, lr) of every step, as written."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows]
+
+
+def wait_for_step(run_dir, step, process, timeout=120):
+    """Until the run has written its metrics of ``step``."""
+    end = time.monotonic() + timeout
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"step {step} was not reached"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    run(*command(corpus, run_dir))
+    return curve(run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigkill_then_the_same_command_gives_bitwise_the_same_curve(processes, uninterrupted, corpus, tmp_path):
+    layout = ["--nproc", str(processes)] if processes > 1 else []
+    expected = uninterrupted
+    if processes > 1:
+        run(*command(corpus, tmp_path / "whole", *layout))
+        expected = curve(tmp_path / "whole")
+
+    run_dir = tmp_path / "killed"
+    process = start(*command(corpus, run_dir, *layout))
+    wait_for_step(run_dir, 12, process)
+    kill(process)
+    process.wait()
+    assert not group_alive(process)
+    assert 12 <= len(curve(run_dir)) < STEPS
+
+    run(*command(corpus, run_dir, *layout))
+    assert curve(run_dir) == expected
+    assert [step for step, *_ in expected] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(signum, uninterrupted, corpus, tmp_path):
+    run_dir = tmp_path / "stopped"
+    process = start(*command(corpus, run_dir, "train.save_every=1000"))
+    wait_for_step(run_dir, 7, process)
+    process.send_signal(signum)
+    code, output = finish(process, timeout=60)
+    assert code == 128 + signum
+    assert "Traceback" not in output
+    stopped_at = len(curve(run_dir))
+    assert 7 <= stopped_at < STEPS
+    assert [folder.name for folder in (run_dir / "checkpoints").iterdir()] == [f"step_{stopped_at:08d}"]
+
+    run(*command(corpus, run_dir, "train.save_every=1000"))
+    assert curve(run_dir) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_complete_run_says_so_and_a_changed_recipe_is_refused(corpus, tmp_path):
+    run_dir = tmp_path / "done"
+    short = ["train.steps=4", "optim.warmup_steps=1", "train.keep_checkpoints=1"]
+    run(*command(corpus, run_dir, *short))
+    assert [folder.name for folder in (run_dir / "checkpoints").iterdir()] == ["step_00000004"]
+    assert "is complete" in run(*command(corpus, run_dir, *short))
+
+    changed = {
+        "model.language.num_layers=3": "model.language.num_layers is 3",
+        "seed=5": "seed is 5",
+        "train.global_batch_size=4": "train.global_batch_size is 4",
+    }
+    for override, expected in changed.items():
+        code, output = finish(start(*command(corpus, run_dir, *short, override)), timeout=60)
+        assert code == 2
+        assert output.count("\n") == 1 and expected in output and "run_dir" in output
