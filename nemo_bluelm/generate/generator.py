@@ -79,13 +79,18 @@ class Generator:
         return tokens, torch.cat([torch.empty(0, 3, side, side, dtype=torch.uint8), *tiles])
 
     def _last_logits(self, sequences: list[list[int]], tiles: list[Tensor]) -> Tensor:
-        """[sequences, vocabulary] logits after the last token of each."""
+        """[sequences, vocabulary] logits after the last token of each; the placeholder of visual tokens is ruled out.
+
+        Written by the model, it would claim a visual token of an image further on in the pack.
+        """
         documents = [Encoded(tokens, [False] * len(tokens)) for tokens in sequences]
         length = sum(len(tokens) for tokens in sequences)
         pack = collate(documents, torch.cat(tiles), length, alignment=1, pad=self.tokenizer.pad)
         pack = pack.to(next(self.model.parameters()).device)
         logits = self.model(pack)[0, pack.cu_seqlens[1:].long() - 1]
-        return logits[:, : self.tokenizer.vocab_size]  # rows beyond it only pad the embedding
+        logits = logits[:, : self.tokenizer.vocab_size]  # rows beyond it only pad the embedding
+        logits[:, self.tokenizer.image] = -torch.inf
+        return logits
 
 
 @contextmanager

@@ -71,7 +71,9 @@ def language_transformer_config(
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         context_parallel_size=parallel.context,
         pipeline_dtype=dtype,
-        variable_seq_lengths=False,
+        # With two pipeline ranks, the batched sends of an interleaved schedule go to one peer and are mixed up.
+        overlap_p2p_comm=parallel.virtual_pipeline is not None,
+        batch_p2p_comm=parallel.virtual_pipeline is None,
         yarn_rotary_scaling_factor=language.yarn.factor,
         yarn_original_max_position_embeddings=language.yarn.original_max_position_embeddings,
         yarn_beta_fast=language.yarn.beta_fast,

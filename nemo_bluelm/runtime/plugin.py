@@ -69,7 +69,8 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
     def data_step(self, dataloader_iter) -> PackedBatch:
         """The next micro-batch, on this rank's device."""
         batch, _, _ = next(dataloader_iter)
-        self.real_tokens += int(batch.cu_seqlens[-1])
+        if not self.module.vp_stage:  # further virtual stages are fed the same packs again
+            self.real_tokens += int(batch.cu_seqlens[-1])
         return batch.to(self.device)
 
     def forward(self, batch: PackedBatch) -> Tensor:

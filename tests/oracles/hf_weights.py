@@ -66,7 +66,8 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     for name, parameter in module.named_parameters():
         noise = torch.empty_like(parameter).normal_(0, 1, generator=generator)
         if parameter.dim() > 1:
-            parameter.copy_(noise if "embed" in name and "patch" not in name else noise / parameter[0].numel() ** 0.5)
+            table = "embed" in name and "patch" not in name
+            parameter.copy_(noise * (0.25 if table else parameter[0].numel() ** -0.5))
         else:
             parameter.copy_(0.2 * noise if name.endswith("bias") else 1 + 0.2 * noise)
     return module.eval()

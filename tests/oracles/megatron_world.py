@@ -8,8 +8,14 @@ prepare()  # before anything imports Megatron-Core
 
 import torch  # noqa: E402
 
-from nemo_bluelm.config.schema import GeometryConfig, LanguageConfig, ModelConfig, ParallelConfig  # noqa: E402
-from nemo_bluelm.config.schema import VisionConfig, YarnConfig  # noqa: E402
+from nemo_bluelm.config.schema import (  # noqa: E402
+    GeometryConfig,
+    LanguageConfig,
+    ModelConfig,
+    ParallelConfig,
+    VisionConfig,
+    YarnConfig,
+)
 from nemo_bluelm.data.chat import Encoded  # noqa: E402
 from nemo_bluelm.data.packs import PackedBatch, collate  # noqa: E402
 from nemo_bluelm.model.bluelm import BlueLMModel, packed_seq_params  # noqa: E402

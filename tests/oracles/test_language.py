@@ -4,8 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_weights import grads, hf_language, language_tensors, load, state
-from megatron_world import assert_all_near, assert_near, document_rows, gradients, language_model, make_pack
-from megatron_world import random_tokens, run_language, small_config
+from megatron_world import (
+    assert_all_near,
+    assert_near,
+    document_rows,
+    gradients,
+    language_model,
+    make_pack,
+    random_tokens,
+    run_language,
+    small_config,
+)
 
 pytestmark = pytest.mark.usefixtures("world")
 

@@ -3,10 +3,29 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_weights import grads, hf_language, hf_vision, language_tensors, load, normalized, randomize, state
-from hf_weights import vision_tensors
-from megatron_world import IMAGE, assert_all_near, assert_near, document_rows, gradients, make_pack, random_tiles
-from megatron_world import random_tokens, small_config, whole_model
+from hf_weights import (
+    grads,
+    hf_language,
+    hf_vision,
+    language_tensors,
+    load,
+    normalized,
+    randomize,
+    state,
+    vision_tensors,
+)
+from megatron_world import (
+    IMAGE,
+    assert_all_near,
+    assert_near,
+    document_rows,
+    gradients,
+    make_pack,
+    random_tiles,
+    random_tokens,
+    small_config,
+    whole_model,
+)
 
 pytestmark = pytest.mark.usefixtures("world")
 

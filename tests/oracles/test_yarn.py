@@ -6,8 +6,15 @@ from hf_weights import hf_language, language_tensors, load, state
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config as attention_scale,
 )
-from megatron_world import assert_near, document_rows, language_model, make_pack, random_tokens, run_language
-from megatron_world import small_config
+from megatron_world import (
+    assert_near,
+    document_rows,
+    language_model,
+    make_pack,
+    random_tokens,
+    run_language,
+    small_config,
+)
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -1,0 +1,44 @@
+"""Which checkpoint a folder stands for."""
+
+import pytest
+
+from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.run_dir import checkpoint_path, newest, published, resolve_checkpoint, step_of
+
+
+def make_checkpoint(run_dir, step, without=()):
+    folder = checkpoint_path(run_dir, step)
+    (folder / "weights").mkdir(parents=True)
+    for name in {"recipe.yaml", "tokenizer.json"} - set(without):
+        (folder / name).touch()
+    return folder
+
+
+def test_newest_counts_steps_not_names_and_never_a_partial_one(tmp_path):
+    for step in (99, 100_000_000, 2):  # the last has more digits than the padding
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoints" / ".step_99999999999.partial" / "weights").mkdir(parents=True)
+    assert [step_of(folder) for folder in published(tmp_path)] == [2, 99, 100_000_000]
+    assert step_of(newest(tmp_path)) == 100_000_000
+    assert newest(tmp_path / "elsewhere") is None
+
+
+def test_run_and_checkpoint_folders_resolve_to_the_same(tmp_path):
+    folder = make_checkpoint(tmp_path, 5)
+    assert resolve_checkpoint(str(tmp_path), "init_from") == folder
+    assert resolve_checkpoint(str(folder), "init_from") == folder
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.mkdir(), "has no checkpoint"),
+        (lambda path: make_checkpoint(path, 3, without=["tokenizer.json"]), "tokenizer.json is missing"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said(make, expected, tmp_path):
+    make(tmp_path / "run")
+    with pytest.raises(UserError, match=expected) as error:
+        resolve_checkpoint(str(tmp_path / "run"), "init_from")
+    assert "init_from" in str(error.value)

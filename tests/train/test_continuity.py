@@ -1,0 +1,66 @@
+"""Which differences between a recipe and a checkpoint are refused, and which are not."""
+
+import pytest
+
+from nemo_bluelm.config.compose import load_recipe, to_yaml
+from nemo_bluelm.errors import UserError
+from nemo_bluelm.train.continuity import check_init, check_resume
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of tiny/sft, as far as these checks look at one."""
+    (tmp_path / "corpus").mkdir()
+    for folder in (tmp_path, tmp_path / "corpus"):
+        (folder / "tokenizer.json").write_text("the same")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe(tmp_path)))
+    return tmp_path
+
+
+def recipe(folder, *overrides):
+    fixed = [f"data.root={folder / 'corpus'}", f"run_dir={folder}", f"init_from={folder}"]
+    return load_recipe("tiny/sft", [*fixed, *overrides])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.steps=999", "optim.lr=1e-5", "parallel.tensor=2", "train.save_every=3", "data.root=/moved", "name=other"],
+)
+def test_resume_allows(override, checkpoint):
+    check_resume(recipe(checkpoint, override), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.vision.num_layers=3", "model.vision.num_layers"),
+        ("data.sequence_length=256", "data.sequence_length"),
+        ("data.sources.text.weight=9", "data.sources.text.weight"),
+        ("train.freeze=[vision]", "train.freeze"),
+        ("precision=bf16", "precision.dtype"),
+        ("parallel.context=2", "parallel.context"),
+        ("seed=1", "seed"),
+    ],
+)
+def test_resume_refuses(override, key, checkpoint):
+    with pytest.raises(UserError, match=rf"^{key} is .* was started with .*run_dir"):
+        check_resume(recipe(checkpoint, override), checkpoint)
+
+
+@pytest.mark.parametrize(
+    "override", ["model.geometry.max_cols=1", "data.sequence_length=256", "model.language.yarn.factor=8", "seed=1"]
+)
+def test_init_allows(override, checkpoint):
+    check_init(recipe(checkpoint, override), checkpoint)
+
+
+@pytest.mark.parametrize("key", ["model.language.ffn_hidden_size", "model.vision.num_layers", "model.geometry.tile"])
+def test_init_refuses_other_shapes(key, checkpoint):
+    with pytest.raises(UserError, match=rf"^{key} is 112, but init_from .* trained with"):
+        check_init(recipe(checkpoint, f"{key}=112"), checkpoint)
+
+
+def test_init_refuses_another_tokenizer(checkpoint):
+    (checkpoint / "corpus" / "tokenizer.json").write_text("another")
+    with pytest.raises(UserError, match="data.tokenizer .* is not the tokenizer that init_from"):
+        check_init(recipe(checkpoint), checkpoint)
