@@ -13,7 +13,8 @@ class LocalNorm:
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
         norm_class = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
-        norm = norm_class(hidden_size, eps=eps, dtype=config.params_dtype)
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        norm = norm_class(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm

@@ -19,11 +19,13 @@ STATE_PREFIX = "module."  # NeMo stores the state of the LightningModule, which 
 def single_process_world() -> Iterator[None]:
     """Megatron's process groups with one rank; no network, no environment variables. Call ``prepare`` before."""
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(0)  # Transformer Engine's modules draw from Megatron's tracker when built
         yield
     finally:
         parallel_state.destroy_model_parallel()

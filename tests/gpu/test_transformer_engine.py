@@ -1,0 +1,70 @@
+"""On a GPU: the Transformer Engine spec computes what the local spec computes, and a recipe trains with it."""
+
+import os
+
+import pytest
+import torch
+
+from nemo_bluelm.config.compose import load_recipe
+from nemo_bluelm.config.schema import ParallelConfig
+from nemo_bluelm.runtime.environment import prepare
+from nemo_bluelm.runtime.run_dir import read_metrics
+from nemo_bluelm.train.run import open_data
+from tests.runtime.processes import TRAIN, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def gpu_corpus(request):
+    """NEMO_BLUELM_CORPUS, where the packages that the corpus is made from are missing; else the usual one."""
+    return os.environ.get("NEMO_BLUELM_CORPUS") or request.getfixturevalue("corpus")
+
+
+def loss_and_gradients(recipe, pack, dtype, transformer_engine, monkeypatch):
+    """Mean loss and every gradient by global name, on one pack."""
+    from nemo_bluelm.layers import specs
+    from nemo_bluelm.model import bluelm, config, init
+
+    if not transformer_engine:
+        monkeypatch.setattr(specs, "HAVE_TE", False)
+        monkeypatch.setattr(config, "HAVE_TE", False)
+    shape = config.language_transformer_config(recipe.model.language, ParallelConfig(), dtype)
+    model = bluelm.BlueLMModel(shape, recipe.model, 6, recipe.data.sequence_length)
+    init.initialize(model, recipe.model.language, seed=1)
+    pack = pack.to("cuda")
+    loss = (model(pack, labels=pack.labels) * pack.loss_mask).sum() / pack.num_tokens
+    loss.backward()
+    kinds = {type(module).__name__ for module in model.modules()}
+    return float(loss), {s.key: s.data.float() for s in init.local_shards(model, lambda w: w.grad)}, kinds
+
+
+def test_te_spec_in_bf16_equals_local_spec_in_fp32(gpu_corpus, monkeypatch):
+    pytest.importorskip("transformer_engine")
+    prepare()
+    from nemo_bluelm.runtime.single import single_process_world
+
+    recipe = load_recipe("tiny/sft", [f"data.root={gpu_corpus}"])
+    stream = open_data(recipe)
+    pack = next(pack for pack in (stream[i] for i in range(50)) if len(pack.tiles) > 8)
+    with single_process_world():
+        loss, grads, kinds = loss_and_gradients(recipe, pack, torch.bfloat16, True, monkeypatch)
+        reference, expected, local_kinds = loss_and_gradients(recipe, pack, torch.float32, False, monkeypatch)
+    assert "TEDotProductAttention" in kinds and "PackedAttention" not in kinds
+    assert "PackedAttention" in local_kinds and not any(kind.startswith("TE") for kind in local_kinds)
+    assert loss == pytest.approx(reference, rel=5e-3)
+    assert grads.keys() == expected.keys()
+    worst = max(float((grads[k] - g).norm() / g.norm().clamp(min=1e-6)) for k, g in expected.items())
+    print(f"loss {loss:.5f} against {reference:.5f}; worst relative gradient error {worst:.4f}")
+    assert worst < 0.08
+
+
+@pytest.mark.parametrize("distributed_optimizer", ["false", "true"])
+def test_a_recipe_trains_saves_and_resumes(distributed_optimizer, gpu_corpus, tmp_path):
+    fixed = [f"data.root={gpu_corpus}", f"run_dir={tmp_path / 'run'}", "precision=bf16", "train.save_every=20"]
+    fixed.append(f"parallel.distributed_optimizer={distributed_optimizer}")
+    run(*TRAIN, "tiny/sft", *fixed, "train.steps=20", "optim.schedule=constant", timeout=200)
+    run(*TRAIN, "tiny/sft", *fixed, "train.steps=40", "optim.schedule=constant", timeout=200)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run")]
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
