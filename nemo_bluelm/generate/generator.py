@@ -28,7 +28,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model wrote: ``thought`` is None without a think block; ``finished`` says it ended by itself."""
+    """What the model wrote: ``thought`` is None without a think block; ``finished`` says it is well-formed and ended by itself."""
 
     thought: Optional[str]
     answer: str
@@ -60,6 +60,8 @@ class Generator:
         Raises:
             UserError: messages and images that don't go together, or an image that can't be decoded.
         """
+        if not prompts:
+            return []
         sequences, tiles = zip(*(self._encode(prompt) for prompt in prompts))
         written: list[list[int]] = [[] for _ in prompts]
         for _ in range(max_new_tokens):

@@ -1,7 +1,8 @@
 """Run NeMo and Megatron-Core on a machine with no GPU: CUDA calls go to the CPU, nothing else changes.
 
 Megatron-Core and NeMo call ``torch.cuda`` by name in hundreds of places. On a machine without a GPU this module gives
-those names a CPU meaning, once per process, so that the code that trains on a cluster is the code that runs here.
+those names a CPU meaning, once per process, so that the code that trains on a cluster is the code that runs here. The rewriting of device
+arguments holds for the thread that activated it, the one that trains.
 """
 
 import contextlib
@@ -15,7 +16,17 @@ FACTORIES = frozenset(
     (
         *(torch.tensor, torch.as_tensor, torch.arange, torch.empty, torch.full, torch.ones, torch.zeros),
         *(torch.rand, torch.randn, torch.randint, torch.eye, torch.linspace, torch.empty_like, torch.full_like),
-        *(torch.ones_like, torch.zeros_like, torch.rand_like, torch.randn_like, torch.Tensor.new_empty),
+        *(
+            torch.ones_like,
+            torch.zeros_like,
+            torch.randperm,
+            torch.normal,
+            torch.asarray,
+            torch.scalar_tensor,
+            torch.rand_like,
+            torch.randn_like,
+            torch.Tensor.new_empty,
+        ),
         *(torch.Tensor.new_full, torch.Tensor.new_ones, torch.Tensor.new_zeros, torch.Tensor.new_tensor),
     )
 )
