@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.errors import UserError
@@ -111,7 +111,7 @@ def _evaluate(run_dir: Path, shard: Path) -> dict:
 
 
 def _print(report: dict, path: Path) -> None:
-    table = Table("stage", "steps", "loss", "tokens/s", "seconds", "held-out accuracy")
+    table = Table(Column("stage", no_wrap=True), "steps", "loss", "tokens/s", "seconds", "held-out accuracy")
     for row in report["stages"]:
         accuracy = f"{row['held_out_accuracy']:.3f}" if "held_out_accuracy" in row else ""
         loss = f"{row['loss_first']:.3f} -> {row['loss_last']:.3f}"

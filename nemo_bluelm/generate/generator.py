@@ -28,7 +28,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model wrote: ``thought`` is None without a think block; ``finished`` says it is well-formed and ended by itself."""
+    """What the model wrote. ``thought`` is None without a think block; ``finished``: well-formed, ended by itself."""
 
     thought: Optional[str]
     answer: str

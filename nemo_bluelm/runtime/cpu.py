@@ -1,8 +1,8 @@
 """Run NeMo and Megatron-Core on a machine with no GPU: CUDA calls go to the CPU, nothing else changes.
 
 Megatron-Core and NeMo call ``torch.cuda`` by name in hundreds of places. On a machine without a GPU this module gives
-those names a CPU meaning, once per process, so that the code that trains on a cluster is the code that runs here. The rewriting of device
-arguments holds for the thread that activated it, the one that trains.
+those names a CPU meaning, once per process, so that the code that trains on a cluster is the code that runs here. The
+rewriting of device arguments holds for the thread that activated it, the one that trains.
 """
 
 import contextlib
@@ -12,23 +12,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+_FACTORY_NAMES = (
+    "tensor as_tensor asarray scalar_tensor arange empty full ones zeros eye linspace rand randn randint randperm normal "
+    "empty_like full_like ones_like zeros_like rand_like randn_like"
+)
+_METHOD_NAMES = "new_empty new_full new_ones new_zeros new_tensor"
 FACTORIES = frozenset(
-    (
-        *(torch.tensor, torch.as_tensor, torch.arange, torch.empty, torch.full, torch.ones, torch.zeros),
-        *(torch.rand, torch.randn, torch.randint, torch.eye, torch.linspace, torch.empty_like, torch.full_like),
-        *(
-            torch.ones_like,
-            torch.zeros_like,
-            torch.randperm,
-            torch.normal,
-            torch.asarray,
-            torch.scalar_tensor,
-            torch.rand_like,
-            torch.randn_like,
-            torch.Tensor.new_empty,
-        ),
-        *(torch.Tensor.new_full, torch.Tensor.new_ones, torch.Tensor.new_zeros, torch.Tensor.new_tensor),
-    )
+    [getattr(torch, name) for name in _FACTORY_NAMES.split()]
+    + [getattr(torch.Tensor, name) for name in _METHOD_NAMES.split()]
 )
 _mode: Optional["CudaToCpu"] = None
 
