@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 _FACTORY_NAMES = (
-    "tensor as_tensor asarray scalar_tensor arange empty full ones zeros eye linspace rand randn randint randperm normal "
-    "empty_like full_like ones_like zeros_like rand_like randn_like"
+    "tensor as_tensor asarray scalar_tensor arange linspace empty full ones zeros eye rand randn randint randperm "
+    "normal empty_like full_like ones_like zeros_like rand_like randn_like"
 )
 _METHOD_NAMES = "new_empty new_full new_ones new_zeros new_tensor"
 FACTORIES = frozenset(
