@@ -1,6 +1,5 @@
-"""What a transformer layer is built of: Transformer Engine modules where it is installed, local ones elsewhere."""
+"""What a transformer layer is built of: Transformer Engine's modules, or local ones that run anywhere."""
 
-from importlib.util import find_spec
 from typing import Optional
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -11,8 +10,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_bluelm.layers.attention import PackedAttention
 from nemo_bluelm.layers.norm import LocalNorm
-
-HAVE_TE = find_spec("transformer_engine") is not None
 
 
 def te_layer_spec() -> ModuleSpec:
@@ -32,8 +29,11 @@ def local_layer_spec() -> ModuleSpec:
 
 
 def block_spec(config: TransformerConfig, causal: bool, vp_stage: Optional[int] = None) -> TransformerBlockSubmodules:
-    """The layers that this pipeline rank (and virtual stage) builds, and the norm that closes the block."""
-    if HAVE_TE:
+    """The layers that this pipeline rank (and virtual stage) builds, and the norm that closes the block.
+
+    ``config.transformer_impl`` chooses the modules: "transformer_engine" or "local".
+    """
+    if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer, norm = te_layer_spec(), TENorm

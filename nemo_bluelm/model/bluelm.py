@@ -51,7 +51,7 @@ class BlueLMModel(MegatronModule):
         if pre_process:
             geometry = geometry_of(model)
             device = None if config.use_cpu_initialization else torch.cuda.current_device()
-            self.vision = VisionTower(vision_transformer_config(model.vision, config.params_dtype), geometry)
+            self.vision = VisionTower(vision_transformer_config(model.vision, config), geometry)
             self.projector = Projector(
                 model.vision.hidden_size, model.language.hidden_size, geometry, config.params_dtype, device
             )

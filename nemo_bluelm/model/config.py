@@ -1,14 +1,15 @@
 """From the recipe's model section to the Megatron-Core configurations of its two transformers."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_bluelm.config.schema import Dtype, LanguageConfig, ParallelConfig, VisionConfig
-from nemo_bluelm.layers.specs import HAVE_TE
 
+HAVE_TE = find_spec("transformer_engine") is not None
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
 
@@ -28,22 +29,12 @@ class LanguageTransformerConfig(TransformerConfig):
     yarn_correction_range_round_to_int: bool = True
 
 
-def _common(dtype: torch.dtype) -> dict:
-    """What both transformers share: no dropout, our own initialisation, fused kernels only where TE brings them."""
-    return dict(
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        perform_initialization=False,  # nemo_bluelm.model.init fills every tensor, the same in every layout
-        use_cpu_initialization=not torch.cuda.is_available(),
-        calculate_per_token_loss=True,  # gradients are divided by the global number of target tokens
-        persist_layer_norm=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        bias_dropout_fusion=HAVE_TE,
-        apply_rope_fusion=False,  # Megatron-Core's fused RoPE drops YaRN's attention scale
-    )
+# What the ViT's configuration takes over from the language model's.
+SHARED = (
+    *("hidden_dropout", "attention_dropout", "params_dtype", "bf16", "transformer_impl"),
+    *("perform_initialization", "use_cpu_initialization", "calculate_per_token_loss"),
+    *("persist_layer_norm", "masked_softmax_fusion", "gradient_accumulation_fusion", "bias_dropout_fusion"),
+)
 
 
 def language_transformer_config(
@@ -80,12 +71,27 @@ def language_transformer_config(
         yarn_beta_slow=language.yarn.beta_slow,
         yarn_mscale=language.yarn.mscale,
         yarn_mscale_all_dim=language.yarn.mscale_all_dim,
-        **_common(dtype),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        transformer_impl="transformer_engine" if HAVE_TE else "local",
+        perform_initialization=False,  # nemo_bluelm.model.init fills every tensor, the same in every layout
+        use_cpu_initialization=not torch.cuda.is_available(),
+        calculate_per_token_loss=True,  # gradients are divided by the global number of target tokens
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=HAVE_TE,
+        apply_rope_fusion=False,  # Megatron-Core's fused RoPE drops YaRN's attention scale
     )
 
 
-def vision_transformer_config(vision: VisionConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron-Core configuration of the ViT, which is never split: its sizes don't divide well and tiles do."""
+def vision_transformer_config(vision: VisionConfig, language: LanguageTransformerConfig) -> TransformerConfig:
+    """Megatron-Core configuration of the ViT beside a language model's.
+
+    The ViT is never split over ranks: its sizes don't divide well and tiles do.
+    """
     return TransformerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
@@ -96,7 +102,7 @@ def vision_transformer_config(vision: VisionConfig, dtype: torch.dtype) -> Trans
         activation_func=gelu_tanh,
         add_bias_linear=True,
         bias_activation_fusion=False,
-        **_common(dtype),
+        **{name: getattr(language, name) for name in SHARED},
     )
 
 

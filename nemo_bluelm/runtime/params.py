@@ -1,6 +1,6 @@
 """Parameter counts of a model, read from modules that are built without memory."""
 
-from unittest import mock
+from dataclasses import replace
 
 from nemo_bluelm.config.schema import ModelConfig, ParallelConfig, Part
 
@@ -20,10 +20,10 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
     from nemo_bluelm.model.config import language_transformer_config
     from nemo_bluelm.runtime.single import single_process_world
 
-    # The layers name the current CUDA device where there is one, which would override the default device.
-    nowhere = mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta"))
-    with single_process_world(), torch.device("meta"), nowhere:
-        config = language_transformer_config(model.language, ParallelConfig(), torch.bfloat16)
+    config = language_transformer_config(model.language, ParallelConfig(), torch.bfloat16)
+    # Local layers obey the default device; both kinds have the same parameters.
+    config = replace(config, transformer_impl="local", use_cpu_initialization=True)
+    with single_process_world(), torch.device("meta"):
         built = BlueLMModel(config, model, image_token_id=0, max_sequence_length=1)
     counts = {part.value: sum(p.numel() for p in getattr(built, part.value).parameters()) for part in Part}
     return {**counts, "total": sum(counts.values())}

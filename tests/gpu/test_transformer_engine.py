@@ -1,6 +1,7 @@
 """On a GPU: the Transformer Engine spec computes what the local spec computes, and a recipe trains with it."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,15 +22,12 @@ def gpu_corpus(request):
     return os.environ.get("NEMO_BLUELM_CORPUS") or request.getfixturevalue("corpus")
 
 
-def loss_and_gradients(recipe, pack, dtype, transformer_engine, monkeypatch):
-    """Mean loss and every gradient by global name, on one pack."""
-    from nemo_bluelm.layers import specs
+def loss_and_gradients(recipe, pack, dtype, implementation):
+    """Mean loss, every gradient by global name, and the kinds of modules, on one pack."""
     from nemo_bluelm.model import bluelm, config, init
 
-    if not transformer_engine:
-        monkeypatch.setattr(specs, "HAVE_TE", False)
-        monkeypatch.setattr(config, "HAVE_TE", False)
     shape = config.language_transformer_config(recipe.model.language, ParallelConfig(), dtype)
+    shape = replace(shape, transformer_impl=implementation)
     model = bluelm.BlueLMModel(shape, recipe.model, 6, recipe.data.sequence_length)
     init.initialize(model, recipe.model.language, seed=1)
     pack = pack.to("cuda")
@@ -39,7 +37,7 @@ def loss_and_gradients(recipe, pack, dtype, transformer_engine, monkeypatch):
     return float(loss), {s.key: s.data.float() for s in init.local_shards(model, lambda w: w.grad)}, kinds
 
 
-def test_te_spec_in_bf16_equals_local_spec_in_fp32(gpu_corpus, monkeypatch):
+def test_te_spec_in_bf16_equals_local_spec_in_fp32(gpu_corpus):
     pytest.importorskip("transformer_engine")
     prepare()
     from nemo_bluelm.runtime.single import single_process_world
@@ -48,8 +46,8 @@ def test_te_spec_in_bf16_equals_local_spec_in_fp32(gpu_corpus, monkeypatch):
     stream = open_data(recipe)
     pack = next(pack for pack in (stream[i] for i in range(50)) if len(pack.tiles) > 8)
     with single_process_world():
-        loss, grads, kinds = loss_and_gradients(recipe, pack, torch.bfloat16, True, monkeypatch)
-        reference, expected, local_kinds = loss_and_gradients(recipe, pack, torch.float32, False, monkeypatch)
+        loss, grads, kinds = loss_and_gradients(recipe, pack, torch.bfloat16, "transformer_engine")
+        reference, expected, local_kinds = loss_and_gradients(recipe, pack, torch.float32, "local")
     assert "TEDotProductAttention" in kinds and "PackedAttention" not in kinds
     assert "PackedAttention" in local_kinds and not any(kind.startswith("TE") for kind in local_kinds)
     assert loss == pytest.approx(reference, rel=5e-3)
@@ -57,6 +55,17 @@ def test_te_spec_in_bf16_equals_local_spec_in_fp32(gpu_corpus, monkeypatch):
     worst = max(float((grads[k] - g).norm() / g.norm().clamp(min=1e-6)) for k, g in expected.items())
     print(f"loss {loss:.5f} against {reference:.5f}; worst relative gradient error {worst:.4f}")
     assert worst < 0.08
+
+
+def test_parameters_are_counted_without_memory():
+    script = (
+        "import torch; from nemo_bluelm.config.schema import ModelConfig;"
+        "from nemo_bluelm.runtime.params import count_parameters;"
+        "print(count_parameters(ModelConfig())['total'], torch.cuda.max_memory_allocated())"
+    )
+    total, allocated = run("-c", script).split()[-2:]
+    assert int(total) == 2_889_773_424
+    assert int(allocated) < 100e6
 
 
 @pytest.mark.parametrize("distributed_optimizer", ["false", "true"])
