@@ -8,7 +8,6 @@ from typing import Optional
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.run_dir import checkpoint_path, published
 
 
@@ -51,11 +50,11 @@ class Checkpoints(Callback):
                     (partial / name).write_bytes(content)
                 os.replace(partial, final)
                 self._prune()
-        except OSError as error:
-            raise UserError(
-                f"can't write checkpoint {final}: {error.strerror or error}; "
-                "free space, or set run_dir to a writable folder"
-            ) from error
+        except BaseException:
+            shutil.rmtree(
+                partial, ignore_errors=True
+            )  # a part of a checkpoint is no use and may be what fills the disk
+            raise
         torch.distributed.barrier()
         self.last_saved = step
 

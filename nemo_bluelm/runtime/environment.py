@@ -36,5 +36,6 @@ def prepare() -> None:
 
     CallbackGroup.get_instance()._callbacks.clear()
     nemo_logging.setLevel(logging.ERROR)
-    for name in ("lightning.pytorch", "lightning.fabric"):  # Lightning sets their levels at import
+    # Lightning sets these levels at import, under both of its package names.
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -9,7 +9,6 @@ import torch
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.config.schema import ParallelConfig, Recipe
 from nemo_bluelm.data.tokenizer import Tokenizer
-from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE, WEIGHTS_DIR
 
 STATE_PREFIX = "module."  # NeMo stores the state of the LightningModule, which holds the model as ``module``
@@ -42,20 +41,18 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, Recipe, Tokenizer]:
         UserError: the weights can't be read.
     """
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
 
     from nemo_bluelm.model.bluelm import BlueLMModel
     from nemo_bluelm.model.config import TORCH_DTYPE, language_transformer_config
+    from nemo_bluelm.runtime.storage import reading
 
     recipe = load_recipe(str(checkpoint / RECIPE_FILE), [])
     tokenizer = Tokenizer.load(checkpoint / TOKENIZER_FILE)
     config = language_transformer_config(recipe.model.language, ParallelConfig(), TORCH_DTYPE[recipe.precision.dtype])
     model = BlueLMModel(config, recipe.model, tokenizer.image, recipe.data.sequence_length)
     wanted = model.sharded_state_dict(prefix=STATE_PREFIX)
-    try:
+    with reading(checkpoint):
         state = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS_DIR))
-    except (CheckpointingException, OSError) as error:
-        raise UserError(f"{checkpoint / WEIGHTS_DIR} can't be read: {error}; choose another step") from error
     # Megatron adds the training state (step, optimizer settings) of the checkpoint to what was asked for.
     model.load_state_dict({name.removeprefix(STATE_PREFIX): state[name] for name in wanted})
     return model.eval(), recipe, tokenizer

@@ -15,6 +15,7 @@ from nemo import lightning as nl
 
 from nemo_bluelm.config.schema import Dtype, Recipe
 from nemo_bluelm.model.config import TORCH_DTYPE
+from nemo_bluelm.runtime.storage import reading
 
 
 class Strategy(nl.MegatronStrategy):
@@ -37,6 +38,10 @@ class Strategy(nl.MegatronStrategy):
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=options)
 
     def load_checkpoint(self, checkpoint_path, selective_restore: bool = False) -> dict[str, Any]:
+        with reading(checkpoint_path):
+            return self._load(checkpoint_path, selective_restore)
+
+    def _load(self, checkpoint_path, selective_restore: bool) -> dict[str, Any]:
         metadata = self.unwrapped_checkpoint_io.load_content_metadata(checkpoint_path)
         sharded = {"state_dict": self.megatron_parallel.sharded_state_dict(metadata=metadata)}
         if self.should_restore_optimizer_states(selective_restore) and self.trainer.state.fn == TrainerFn.FITTING:

@@ -44,6 +44,7 @@ def train(recipe: Recipe) -> int:
 
     prepare()
     from nemo_bluelm.runtime.checkpoints import Checkpoints
+    from nemo_bluelm.runtime.storage import writing
     from nemo_bluelm.train.interrupt import StopOnSignal
     from nemo_bluelm.train.metrics import Metrics
 
@@ -52,7 +53,8 @@ def train(recipe: Recipe) -> int:
     checkpoints = Checkpoints(run_dir, files, recipe.train.save_every, recipe.train.keep_checkpoints)
     stop = StopOnSignal(checkpoints)
     metrics = Metrics(run_dir, recipe.name, recipe.train.steps, recipe.train.log_every)
-    fit(recipe, stream, [metrics, checkpoints, stop], init_from, resume_from)
+    with writing(run_dir):
+        fit(recipe, stream, [metrics, checkpoints, stop], init_from, resume_from)
     return 128 + stop.received if stop.received else 0
 
 

@@ -102,3 +102,13 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "plain").write_text("")
     done = subprocess.run([sys.executable, script, tmp_path / "plain"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "not an empty folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_webdataset_reads_the_shards(corpus):
+    import webdataset
+
+    shard = corpus / "digits-test.tar"
+    theirs = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+    ours = list(read_records(shard))
+    assert [sample["__key__"] for sample in theirs] == [key for key, _, _ in ours]
+    assert [sample["0.png"] for sample in theirs] == [images[0] for _, _, images in ours]
