@@ -1,6 +1,8 @@
 """Every stage, tiny, on this machine: make a corpus, train on it, answer questions about images it has not seen."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,8 @@ from rich.table import Column, Table
 
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.runtime.run_dir import read_metrics, resolve_checkpoint
+from nemo_bluelm.runtime.parent import bound_to_this_process
+from nemo_bluelm.runtime.run_dir import read_metrics, resolve_checkpoint, write_atomically
 
 # Recipe and the stage whose checkpoint it starts from.
 STAGES = (("align_projector", None), ("sft", "align_projector"))
@@ -49,11 +52,12 @@ def run(out: Path) -> int:
 
     rows = []
     for stage, origin in STAGES:
-        overrides = [f"data.root={corpus}", f"run_dir={_run_dir(out, stage)}"]
+        overrides = [f"data.root={_quoted(corpus)}", f"run_dir={_quoted(_run_dir(out, stage))}"]
         if origin is not None:
-            overrides.append(f"init_from={_run_dir(out, origin)}")
+            overrides.append(f"init_from={_quoted(_run_dir(out, origin))}")
         console.print(f"training recipes/tiny/{stage}.yaml")
-        code = subprocess.call([sys.executable, "-m", "nemo_bluelm.cli.main", "train", f"tiny/{stage}", *overrides])
+        command = [sys.executable, "-m", "nemo_bluelm.cli.main", "train", f"tiny/{stage}", *overrides]
+        code = _wait(subprocess.Popen(command, env={**os.environ, **bound_to_this_process()}))
         if code:
             return code
         rows.append(_stage_row(out, stage, overrides))
@@ -62,9 +66,28 @@ def run(out: Path) -> int:
     evaluation = _evaluate(_run_dir(out, STAGES[-1][0]), corpus / "digits-test.tar")
     rows[-1]["held_out_accuracy"] = evaluation["accuracy"]
     report = {"stages": rows, **evaluation, "seconds": round(time.perf_counter() - started, 1)}
-    (out / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(out / REPORT_FILE, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     _print(report, out / REPORT_FILE)
     return 0
+
+
+def _wait(training: subprocess.Popen) -> int:
+    """The exit code of a stage. Ctrl-C reaches it from the terminal, SIGTERM is passed on: it saves before it ends."""
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: training.send_signal(number))
+    try:
+        while True:
+            try:
+                return training.wait()
+            except KeyboardInterrupt:
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _quoted(path: Path) -> str:
+    """A value in the grammar of overrides, whatever characters it has."""
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _run_dir(out: Path, stage: str) -> Path:

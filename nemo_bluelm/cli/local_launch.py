@@ -11,6 +11,9 @@ from pathlib import Path
 
 from nemo_bluelm.cli import worker
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.parent import bound_to_this_process
+
+SHUTDOWN_SECONDS = 1800
 
 
 def launch(arguments: list[str], nproc: int) -> int:
@@ -25,10 +28,13 @@ def launch(arguments: list[str], nproc: int) -> int:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    # The agent gives ranks 30 s to end after a signal; they may have a checkpoint to write.
+    LocalElasticAgent._shutdown.__defaults__ = (signal.SIGTERM, SHUTDOWN_SECONDS)
     # It logs every signal and prints a report with a traceback for every failure; the lines below say it once.
     logging.disable(logging.CRITICAL)
 
@@ -36,7 +42,7 @@ def launch(arguments: list[str], nproc: int) -> int:
     with tempfile.TemporaryDirectory(prefix="nemo-bluelm-") as folder:
         reports = Path(folder) / "reports"
         reports.mkdir()
-        marks = {worker.PARENT: str(os.getpid()), worker.REPORTS: str(reports)}
+        marks = {**bound_to_this_process(), worker.REPORTS: str(reports)}
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

@@ -13,6 +13,7 @@ from types import ModuleType
 from nemo_bluelm.cli import worker
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.environment import quiet
+from nemo_bluelm.runtime.parent import follow_parent
 
 # Command -> what --help says about it. The command's module is nemo_bluelm.cli.<name>_command.
 COMMANDS = {
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     0 is success, 2 a mistake the user can mend (one line on stderr), 130 an interruption; a bug keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
-    worker.follow_parent()
+    follow_parent()
     quiet()
     try:
         args = parse(argv)

@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from nemo_bluelm.config.checks import check_machine, check_recipe
     from nemo_bluelm.config.compose import load_recipe
+    from nemo_bluelm.runtime.environment import Launch
 
     is_rank = "RANK" in os.environ
     if is_rank and args.nproc > 1:
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
             "leave --nproc out"
         )
     recipe = load_recipe(args.recipe, args.overrides)
-    check_recipe(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")) if is_rank else args.nproc)
+    check_recipe(recipe, world_size=Launch.from_environment().world_size if is_rank else args.nproc)
     check_machine(recipe)
     if args.nproc > 1:
         from nemo_bluelm.cli.local_launch import launch

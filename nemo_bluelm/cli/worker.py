@@ -1,4 +1,4 @@
-"""What a process does differently as one rank of several: die with its parent, let one rank speak for all."""
+"""What a process does differently as one rank of several: let one rank speak for all."""
 
 import os
 import sys
@@ -8,25 +8,10 @@ from pathlib import Path
 from nemo_bluelm.errors import UserError
 
 # Set by local_launch for its workers only.
-PARENT = "NEMO_BLUELM_PARENT_PID"
 REPORTS = "NEMO_BLUELM_REPORTS"
 
 # A rank that lost its peers waits this long for the reason of the one that left first (seconds).
 _GRACE = 2.0
-
-
-def follow_parent() -> None:
-    """End this process when the local launcher ends, even by SIGKILL. Does nothing in any other process."""
-    parent = os.environ.get(PARENT)
-    if parent is None:
-        return
-    import ctypes
-    import signal
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended before the line above
-        os._exit(1)
 
 
 def speaks() -> bool:

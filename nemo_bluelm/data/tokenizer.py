@@ -104,6 +104,8 @@ class Tokenizer:
             bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer.json: {error}") from error
+        bpe.no_truncation()  # a file may carry both settings, which would cut and pad documents without a word
+        bpe.no_padding()
         return cls(bpe, str(path))
 
     def encode(self, text: str) -> list[int]:
@@ -119,4 +121,4 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._bpe.get_vocab_size()
+        return max(self._bpe.get_vocab().values()) + 1  # ids may have gaps

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_bluelm.config.schema import Dtype, LanguageConfig, ParallelConfig, VisionConfig
 
-HAVE_TE = find_spec("transformer_engine") is not None
+HAVE_TE = torch.cuda.is_available() and find_spec("transformer_engine") is not None
 TORCH_DTYPE = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}
 
 

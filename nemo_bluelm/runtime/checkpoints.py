@@ -61,4 +61,6 @@ class Checkpoints(Callback):
     def _prune(self) -> None:
         if self.keep > 0:
             for old in published(self.run_dir)[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+                doomed = old.with_name(f".{old.name}.deleting")
+                os.replace(old, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)

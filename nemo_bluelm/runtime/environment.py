@@ -3,6 +3,38 @@
 import logging
 import os
 import warnings
+from dataclasses import dataclass
+
+from nemo_bluelm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place in the job that a launcher (torchrun, our ``--nproc``) described in the environment."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """One process of its own where RANK is not set.
+
+        Raises:
+            UserError: a variable is missing or no number.
+        """
+        if "RANK" not in os.environ:
+            return cls()
+        values = {}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+            value = os.environ.get(name, "")
+            if not value.isdecimal():
+                raise UserError(
+                    f"the environment has RANK, but {name} is {value!r}, no number; start ranks with torchrun or "
+                    "--nproc, or unset RANK"
+                )
+            values[name] = int(value)
+        return cls(values["RANK"], values["WORLD_SIZE"], values["LOCAL_WORLD_SIZE"])
 
 
 def quiet() -> None:

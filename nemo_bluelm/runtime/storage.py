@@ -19,7 +19,7 @@ from nemo_bluelm.errors import UserError
 
 # What PyTorch and Megatron-Core raise on files that are missing, cut, overwritten or of another program.
 UNREADABLE = (
-    *(OSError, EOFError, KeyError, ValueError, RuntimeError),
+    *(OSError, EOFError, KeyError, ValueError, RuntimeError, AttributeError, TypeError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, CheckpointingException, CheckpointException),
 )
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -15,6 +16,7 @@ from nemo import lightning as nl
 
 from nemo_bluelm.config.schema import Dtype, Recipe
 from nemo_bluelm.model.config import TORCH_DTYPE
+from nemo_bluelm.runtime.environment import Launch
 from nemo_bluelm.runtime.storage import reading
 
 
@@ -81,12 +83,14 @@ def build_strategy(recipe: Recipe, init_from: Optional[Path]) -> Strategy:
 
 def build_trainer(recipe: Recipe, strategy: Strategy, callbacks: list[Callback]) -> nl.Trainer:
     """A NeMo trainer for ``recipe.train.steps`` steps; world size and ranks come from the launcher's environment."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    launch = Launch.from_environment()
+    # Named, because Lightning would take any job allocation of Slurm's for ranks that srun started.
+    environment = TorchElasticEnvironment() if "RANK" in os.environ else LightningEnvironment()
     return nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        devices=local,
-        num_nodes=world // local,
+        devices=launch.local_world_size,
+        num_nodes=launch.world_size // launch.local_world_size,
+        plugins=[environment],
         strategy=strategy,
         max_steps=recipe.train.steps,
         callbacks=callbacks,

@@ -14,6 +14,7 @@ KEPT_ON_RESUME = (
     "model.",
     "data.",
     "precision.",
+    "optim.",  # Megatron restores the optimizer's own settings, so a change here would be ignored
     "seed",
     "train.global_batch_size",
     "train.freeze",

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM end a run after the current step, with a checkpoint."""
 
+import os
 import signal
 
 import torch
@@ -19,9 +20,9 @@ class StopOnSignal(Callback):
         self._previous = {}
 
     def _note(self, number: int, frame) -> None:
+        if self.received:
+            os._exit(128 + number)
         self.received = number
-        for sig, handler in self._previous.items():
-            signal.signal(sig, handler)
 
     def on_train_start(self, *args) -> None:
         self._previous = {sig: signal.signal(sig, self._note) for sig in SIGNALS}

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nemo_bluelm.runtime.run_dir import METRICS_FILE
+from nemo_bluelm.runtime.run_dir import METRICS_FILE, write_atomically
 
 
 class Metrics(Callback):
@@ -33,7 +33,7 @@ class Metrics(Callback):
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.global_step]
-        self.path.write_text("".join(kept))
+        write_atomically(self.path, "".join(kept).encode())
         self.file = self.path.open("a", buffering=1)
         self.console = Console(stderr=True)
         self.progress = Progress(

@@ -1,14 +1,27 @@
 """Train one recipe: the entry point of every rank."""
 
-import os
+import fcntl
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from nemo_bluelm.config.checks import alignment, check_machine, check_recipe
 from nemo_bluelm.config.compose import to_yaml
 from nemo_bluelm.config.schema import Dtype, Recipe, geometry_of
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.runtime.environment import prepare, quiet
-from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE, newest, resolve_checkpoint, step_of
+from nemo_bluelm.runtime.environment import Launch, prepare, quiet
+from nemo_bluelm.runtime.run_dir import (
+    LOCK_FILE,
+    RECIPE_FILE,
+    TOKENIZER_FILE,
+    newest,
+    resolve_checkpoint,
+    step_of,
+    write_atomically,
+)
 from nemo_bluelm.train.continuity import check_init, check_resume
 
 
@@ -21,8 +34,9 @@ def train(recipe: Recipe) -> int:
     Raises:
         UserError: recipe, data, checkpoint or folder can't be used.
     """
-    rank = int(os.environ.get("RANK", 0))
-    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", 1)))
+    launch = Launch.from_environment()
+    rank = launch.rank
+    check_recipe(recipe, launch.world_size)
     check_machine(recipe)
     run_dir = Path(recipe.run_dir).absolute()
     resume_from = newest(run_dir)
@@ -39,8 +53,7 @@ def train(recipe: Recipe) -> int:
     if init_from is not None:
         check_init(recipe, init_from)
     recipe_yaml = to_yaml(recipe).encode()
-    if rank == 0:
-        _make_run_dir(run_dir, recipe_yaml)
+    lock = _open_run_dir(run_dir, recipe_yaml) if rank == 0 else None
 
     prepare()
     from nemo_bluelm.runtime.checkpoints import Checkpoints
@@ -53,9 +66,18 @@ def train(recipe: Recipe) -> int:
     checkpoints = Checkpoints(run_dir, files, recipe.train.save_every, recipe.train.keep_checkpoints)
     stop = StopOnSignal(checkpoints)
     metrics = Metrics(run_dir, recipe.name, recipe.train.steps, recipe.train.log_every)
-    with writing(run_dir):
+    with writing(run_dir), diverging(run_dir):
         fit(recipe, stream, [metrics, checkpoints, stop], init_from, resume_from)
-    return 128 + stop.received if stop.received else 0
+    if lock is not None:
+        lock.close()
+    if stop.received:
+        if rank == 0:
+            name = signal.Signals(stop.received).name
+            print(
+                f"{recipe.name} was stopped by {name} and saved; the same command goes on from there", file=sys.stderr
+            )
+        return 128 + stop.received
+    return 0
 
 
 def fit(recipe: Recipe, stream, callbacks: list, init_from=None, resume_from=None) -> None:
@@ -104,6 +126,24 @@ def fit(recipe: Recipe, stream, callbacks: list, init_from=None, resume_from=Non
             torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def diverging(run_dir: Path) -> Iterator[None]:
+    """Around a run whose gradient may become NaN or infinite, which Megatron reports from inside its reduction.
+
+    Raises:
+        UserError: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "Unexpected result" not in str(error):
+            raise
+        raise UserError(
+            f"the gradient of the run in {run_dir} became NaN or infinite; lower optim.lr, or set optim.clip_grad or "
+            "optim.warmup_steps, in a new run_dir"
+        ) from error
+
+
 def open_data(recipe: Recipe):
     """The run's PackStream, its tokenizer checked against the model.
 
@@ -122,10 +162,16 @@ def open_data(recipe: Recipe):
     return stream
 
 
-def _make_run_dir(run_dir: Path, recipe_yaml: bytes) -> None:
+def _open_run_dir(run_dir: Path, recipe_yaml: bytes) -> IO[bytes]:
+    """Make the folder, write the resolved recipe, and hold its lock as long as the returned file is open."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / RECIPE_FILE).write_bytes(recipe_yaml)
+        lock = (run_dir / LOCK_FILE).open("wb")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        write_atomically(run_dir / RECIPE_FILE, recipe_yaml)
+        return lock
+    except BlockingIOError:
+        raise UserError(f"run_dir {run_dir} is in use by another run; wait for it, or choose another run_dir") from None
     except OSError as error:
         raise UserError(
             f"run_dir {run_dir} can't be written: {error.strerror}; set run_dir to a writable folder"

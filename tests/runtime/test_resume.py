@@ -96,3 +96,16 @@ def test_a_complete_run_says_so_and_a_changed_recipe_is_refused(corpus, tmp_path
         code, output = finish(start(*command(corpus, run_dir, *short, override)), timeout=60)
         assert code == 2
         assert output.count("\n") == 1 and expected in output and "run_dir" in output
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(corpus, tmp_path):
+    run_dir = tmp_path / "shared"
+    first = start(*command(corpus, run_dir))
+    wait_for_step(run_dir, 1, first)
+    code, output = finish(start(*command(corpus, run_dir)), timeout=60)
+    assert code == 2
+    assert output.count("\n") == 1 and f"run_dir {run_dir} is in use" in output
+    kill(first)
+    first.wait()
+    run(*command(corpus, run_dir, "train.steps=12"))

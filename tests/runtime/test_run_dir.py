@@ -17,7 +17,8 @@ def make_checkpoint(run_dir, step, without=()):
 def test_newest_counts_steps_not_names_and_never_a_partial_one(tmp_path):
     for step in (99, 100_000_000, 2):  # the last has more digits than the padding
         make_checkpoint(tmp_path, step)
-    (tmp_path / "checkpoints" / ".step_99999999999.partial" / "weights").mkdir(parents=True)
+    for name in (".step_99999999999.partial", "step_00000099.bak"):
+        (tmp_path / "checkpoints" / name / "weights").mkdir(parents=True)
     assert [step_of(folder) for folder in published(tmp_path)] == [2, 99, 100_000_000]
     assert step_of(newest(tmp_path)) == 100_000_000
     assert newest(tmp_path / "elsewhere") is None
