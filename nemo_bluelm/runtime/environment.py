@@ -26,8 +26,8 @@ class Launch:
         if "RANK" not in os.environ:
             return cls()
         values = {}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-            value = os.environ.get(name, "")
+        for name, default in (("RANK", ""), ("WORLD_SIZE", ""), ("LOCAL_WORLD_SIZE", "1"), ("MASTER_PORT", "0")):
+            value = os.environ.get(name, default)
             if not value.isdecimal():
                 raise UserError(
                     f"the environment has RANK, but {name} is {value!r}, no number; start ranks with torchrun or "
