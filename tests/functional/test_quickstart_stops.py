@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.runtime.processes import group_alive, start
+from tests.runtime.processes import anything_alive, start
 from tests.runtime.test_resume import wait_for_step
 
 
@@ -17,4 +17,4 @@ def test_no_training_is_left_behind(signum, corpus, tmp_path):
     wait_for_step(tmp_path / "runs" / "align_projector", 2, process)
     os.kill(process.pid, signum)
     process.wait(timeout=30)
-    assert not group_alive(process)
+    assert not anything_alive(process)

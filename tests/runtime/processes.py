@@ -5,16 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+MARK = "NEMO_BLUELM_TEST_MARK"  # inherited by all descendants; ranks have sessions of their own, so a group misses them
 TRAIN = ("-m", "nemo_bluelm.cli.main", "train")
 
 
 def start(*arguments: str, threads: int = 1) -> subprocess.Popen:
     """``python ARGUMENTS`` in the checkout, as the leader of a new process group; stdout and stderr in one pipe."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen(
+    mark = uuid.uuid4().hex
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), MARK: mark}
+    process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=CHECKOUT,
         env=env,
@@ -23,6 +26,8 @@ def start(*arguments: str, threads: int = 1) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+    process.mark = mark
+    return process
 
 
 def finish(process: subprocess.Popen, timeout: float) -> tuple[int, str]:
@@ -33,25 +38,36 @@ def finish(process: subprocess.Popen, timeout: float) -> tuple[int, str]:
         kill(process)
         output, _ = process.communicate()
         raise AssertionError(f"no end after {timeout} s; last output:\n{output[-2000:]}") from None
-    assert not group_alive(process), "processes are left behind"
+    assert not anything_alive(process), "processes are left behind"
     return process.returncode, output
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to every process of the group."""
+    """SIGKILL to the process and its group; ranks have sessions of their own and must follow by themselves."""
     os.killpg(process.pid, signal.SIGKILL)
 
 
-def group_alive(process: subprocess.Popen, patience: float = 5.0) -> bool:
-    """Whether a process of the group is still there after ``patience`` seconds."""
+def anything_alive(process: subprocess.Popen, patience: float = 5.0) -> bool:
+    """Whether a descendant is still there after ``patience`` seconds."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
+        if not descendants(process):
             return False
         time.sleep(0.1)
     return True
+
+
+def descendants(process: subprocess.Popen) -> list[int]:
+    """Living processes that carry the mark of ``process``, itself included; zombies don't count."""
+    wanted = f"{MARK}={process.mark}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:  # it ended while we looked
+            continue
+    return found
 
 
 def run(*arguments: str, timeout: float = 240, threads: int = 1) -> str:

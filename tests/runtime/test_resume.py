@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.runtime.processes import TRAIN, finish, group_alive, kill, run, start
+from tests.runtime.processes import TRAIN, anything_alive, finish, kill, run, start
 
 STEPS = 24
 
@@ -53,7 +53,7 @@ def test_sigkill_then_the_same_command_gives_bitwise_the_same_curve(processes, u
     wait_for_step(run_dir, 12, process)
     kill(process)
     process.wait()
-    assert not group_alive(process)
+    assert not anything_alive(process)
     assert 12 <= len(curve(run_dir)) < STEPS
 
     run(*command(corpus, run_dir, *layout))
