@@ -52,7 +52,8 @@ def run(out: Path) -> int:
 
     rows = []
     for stage, origin in STAGES:
-        overrides = [f"data.root={_quoted(corpus)}", f"run_dir={_quoted(_run_dir(out, stage))}"]
+        folders = {"data.root": corpus, "data.index": out / "index", "run_dir": _run_dir(out, stage)}
+        overrides = [f"{key}={_quoted(folder)}" for key, folder in folders.items()]
         if origin is not None:
             overrides.append(f"init_from={_quoted(_run_dir(out, origin))}")
         console.print(f"training recipes/tiny/{stage}.yaml")

@@ -12,6 +12,7 @@ import os
 import platform
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -90,18 +91,18 @@ def padded(pack):
     return pad(tokens, True, 0), pad(mask, True, 0), pad(labels, True, -100), pack.tiles
 
 
-def time_peer(recipe: Recipe, stream, steps: int) -> list[float]:
+def time_peer(recipe: Recipe, loader, steps: int) -> list[float]:
     """Seconds of each step after the warm-up."""
     torch.manual_seed(recipe.seed)
-    model = Peer(recipe, stream.tokenizer.image)
+    model = Peer(recipe, loader.tokenizer.image)
     optim = recipe.optim
     adamw = torch.optim.AdamW(model.parameters(), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     seconds = []
     packs = recipe.train.global_batch_size
-    for step in range(steps):
+    for _ in range(steps):
         started = time.perf_counter()
         adamw.zero_grad()
-        batches = [padded(stream[i]) for i in range(step * packs, (step + 1) * packs)]
+        batches = [padded(loader.load(pack).batch) for pack in islice(loader.plan, packs)]
         targets = sum(int((labels != -100).sum()) for _, _, labels, _ in batches)
         for tokens, mask, labels, tiles in batches:
             logits = model(tokens, mask, tiles)
@@ -113,13 +114,13 @@ def time_peer(recipe: Recipe, stream, steps: int) -> list[float]:
     return seconds[WARM_UP:]
 
 
-def time_ours(recipe: Recipe, stream) -> list[float]:
+def time_ours(recipe: Recipe, loader) -> list[float]:
     """Seconds of each step after the warm-up."""
     prepare()
     from nemo_bluelm.train.metrics import Metrics
 
     with tempfile.TemporaryDirectory() as folder:
-        fit(recipe, stream, [Metrics(Path(folder), "ours", recipe.train.steps, log_every=recipe.train.steps)])
+        fit(recipe, loader, [Metrics(Path(folder), "ours", recipe.train.steps, log_every=recipe.train.steps)])
         return [row["seconds"] for row in read_metrics(Path(folder))][WARM_UP:]
 
 
@@ -130,10 +131,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     quiet()
-    recipe = load_recipe("tiny/sft", [f"data.root={args.corpus}", f"train.steps={args.steps}"])
-    stream = open_data(recipe)
-    stream[args.steps * recipe.train.global_batch_size]  # plan and page cache are warm for both
-    times = {"transformers": time_peer(recipe, stream, args.steps), "nemo_bluelm": time_ours(recipe, stream)}
+    # Both load packs in the training thread, so that the step alone differs.
+    overrides = [f"data.root={args.corpus}", f"train.steps={args.steps}", "data.decode.threads=0"]
+    recipe = load_recipe("tiny/sft", overrides)
+    times = {
+        "transformers": time_peer(recipe, open_data(recipe), args.steps),
+        "nemo_bluelm": time_ours(recipe, open_data(recipe)),
+    }
     medians = {name: sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
     tokens = recipe.train.global_batch_size * recipe.data.sequence_length
     result = {

@@ -19,6 +19,8 @@ from nemo_bluelm.runtime.parent import follow_parent
 COMMANDS = {
     "train": "train a recipe, on this machine or as one rank of a launcher's job",
     "plan": "show what a recipe resolves to: config, parameters, tokens per image, layout",
+    "data": "index, inspect, curate: what to do with shards before and between runs",
+    "bench": "time a part of the stack beside what users know",
     "quickstart": "make a small corpus, train on it and answer questions about unseen images",
     "recipes": "list the packaged recipes",
     "doctor": "show what is installed, what will be used and how to add what is missing",

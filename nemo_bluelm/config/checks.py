@@ -3,7 +3,7 @@
 import math
 from typing import Iterator
 
-from nemo_bluelm.config.schema import Part, Recipe, Schedule, geometry_of
+from nemo_bluelm.config.schema import DecodeBackend, DecodeDevice, Part, Recipe, Schedule, geometry_of
 from nemo_bluelm.errors import UserError
 
 
@@ -71,6 +71,9 @@ _LIMITS = {
     "model.language.yarn.original_max_position_embeddings": (1, True),
     "data.sequence_length": (1, True),
     "data.max_tiles": (1, True),
+    "data.max_bad_fraction": (0, True),
+    "data.decode.threads": (0, True),
+    "data.decode.prefetch": (0, True),
     "parallel.tensor": (1, True),
     "parallel.pipeline": (1, True),
     "parallel.virtual_pipeline": (2, True),
@@ -112,7 +115,7 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
 def _names(recipe: Recipe) -> Iterator[str]:
     if not recipe.name.strip() or "/" in recipe.name:
         yield f"name is {recipe.name!r}; it must be a word without '/', it names the run's folder"
-    for key in ("run_dir", "data.root", "data.tokenizer"):
+    for key in ("run_dir", "data.root", "data.tokenizer", "data.index"):
         if not _get(recipe, key).strip():
             yield f"{key} is empty; it must be a path"
     if recipe.init_from is not None and not recipe.init_from.strip():
@@ -120,16 +123,25 @@ def _names(recipe: Recipe) -> Iterator[str]:
 
 
 def _mixture(recipe: Recipe) -> Iterator[str]:
-    if not recipe.data.sources:
+    data = recipe.data
+    if not data.sources:
         yield "data.sources is empty; it must have at least one source, for example {text: {shards: [text-*.tar]}}"
-    for name, source in recipe.data.sources.items():
+    for name, source in data.sources.items():
+        key = f"data.sources.{name}"
         if not source.shards:
-            yield f"data.sources.{name}.shards is empty; it must list WebDataset tars or globs"
+            yield f"{key}.shards is empty; it must list WebDataset tars, JSONL files or globs"
         if not source.weight > 0 or math.isinf(source.weight):
-            yield (
-                f"data.sources.{name}.weight is {source.weight}; it must be greater than 0, "
-                f"~data.sources.{name} leaves a source out"
-            )
+            yield f"{key}.weight is {source.weight}; it must be greater than 0, ~{key} leaves a source out"
+        if source.max_epochs is not None and not 0 < source.max_epochs < math.inf:
+            yield f"{key}.max_epochs is {source.max_epochs}; it must be greater than 0, or null for no limit"
+        for tag, factor in source.resample.items():
+            if not 0 <= factor < math.inf:
+                yield f"{key}.resample.{tag} is {factor}; it must be 0 or more and finite"
+    if data.decode.device == DecodeDevice.gpu and data.decode.backend != DecodeBackend.dali:
+        yield (
+            f"data.decode.device is gpu, but the backend {data.decode.backend.value} works on the CPU; "
+            "set data.decode.backend=dali or data.decode.device=cpu"
+        )
 
 
 def _vision(recipe: Recipe) -> Iterator[str]:

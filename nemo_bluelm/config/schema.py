@@ -35,6 +35,29 @@ class Part(str, Enum):
     language = "language"
 
 
+class Oversize(str, Enum):
+    """What happens to a sample larger than a pack; plain text is always split instead."""
+
+    drop = "drop"
+    truncate = "truncate"  # text after the last token that fits; images are never split
+    error = "error"
+
+
+class DecodeBackend(str, Enum):
+    """Who turns image bytes into tiles; they agree to 16 levels of 255 at most, 0.25 on average."""
+
+    torch = "torch"  # Pillow decodes, ATen resizes
+    dali = "dali"  # NVIDIA DALI
+    pil = "pil"  # Pillow alone: the reference
+
+
+class DecodeDevice(str, Enum):
+    """Where DALI works; the other backends are for the CPU."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
 @dataclass
 class VisionConfig:
     """SigLIP2 vision transformer without pooling head. Defaults: timm ``vit_so400m_patch14_siglip_378.v2_webli``."""
@@ -96,16 +119,32 @@ def geometry_of(model: ModelConfig) -> Geometry:
 class SourceConfig:
     """One part of the data mixture."""
 
-    shards: List[str] = MISSING  # WebDataset tars; globs, relative to data.root
+    shards: List[str] = MISSING  # WebDataset tars or JSONL files; globs, relative to data.root
     weight: float = 1.0  # share of the mixture, by tokens; shares are divided by their sum
+    max_epochs: Optional[float] = None  # leave the mixture after going through the samples this often
+    resample: Dict[str, float] = field(default_factory=dict)  # tag -> how often its samples come in an epoch
+
+
+@dataclass
+class DecodeConfig:
+    """How images are read; none of it changes which samples a run sees."""
+
+    backend: DecodeBackend = DecodeBackend.torch
+    device: DecodeDevice = DecodeDevice.cpu
+    threads: int = 2  # of each process; 0 reads in the training thread
+    prefetch: int = 4  # packs loaded ahead by each process
 
 
 @dataclass
 class DataConfig:
-    root: str = MISSING  # folder that holds the tokenizer and the shards
+    root: str = MISSING  # folder or URL that holds the tokenizer and the shards
     tokenizer: str = "tokenizer.json"  # relative to data.root
+    index: str = "outputs/index"  # folder for what is known of each shard; may be shared by runs and corpora
     sequence_length: int = 4096  # tokens in a pack
     max_tiles: int = 64  # tiles in a pack
+    oversize: Oversize = Oversize.drop
+    max_bad_fraction: float = 0.1  # of the samples a process read; with more that can't be decoded the run stops
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     sources: Dict[str, SourceConfig] = MISSING
 
 

@@ -1,9 +1,10 @@
-"""The chat format: messages to token ids and loss mask, one code path for training and generation.
+"""The chat and document formats: to token ids and loss mask, one code path for training and generation.
 
     <s>[|Human|]:{query}[|BlueThink|]\\n[|AI|]:<think>{thought}</think>{answer}</s>    thinking
     <s>[|Human|]:{query}\\n[|AI|]:{answer}</s>                                         non-thinking
+    <s>{text}{image}{text}</s>                                                         document
 
-An image stands at its place in the query as ``<im_start>``, one ``<image>`` per visual token, ``<im_end>``. The role
+An image stands at its place as ``<im_start>``, one ``<image>`` per visual token, ``<im_end>``. The role
 format is the vendor's; that the control token follows the query, and that there is no empty think block, is
 what the BlueLM-2.5 report says. Further turns follow the ``</s>`` of the last one directly.
 """
@@ -31,10 +32,19 @@ class Encoded:
             raise ValueError(f"{len(self.tokens)} tokens but {len(self.loss_mask)} mask entries")
 
 
-def encode_document(text: str, tokenizer: Tokenizer) -> Encoded:
-    """Plain text as ``<s>`` text ``</s>``; everything but ``<s>`` is a target."""
-    tokens = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
-    return Encoded(tokens, [False] + [True] * (len(tokens) - 1))
+def encode_document(content: str | Sequence[dict], tokenizer: Tokenizer, image_tokens: Sequence[int] = ()) -> Encoded:
+    """A pre-training document: plain text, or text and images in turns. Targets are text and ``</s>``, never images.
+
+    Args:
+        content: text, or parts as in :func:`encode_conversation`.
+        image_tokens: visual tokens of each image, in the order of the image parts.
+
+    Raises:
+        UserError: malformed parts, or another number of images than image parts.
+    """
+    writer = _Writer(tokenizer, image_tokens)
+    writer.document(content)
+    return writer.finish()
 
 
 def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer, image_tokens: Sequence[int]) -> Encoded:
@@ -86,31 +96,40 @@ class _Writer:
         self._tokens = [tokenizer.bos]
         self._loss_mask = [False]
 
+    def document(self, content: str | Sequence[dict]) -> None:
+        self._content(_parts(content, "document", images=True), target=True)
+        self._add([self._tokenizer.eos], target=True)
+
     def query(self, message: Message, think: bool) -> None:
         t = self._tokenizer
         self._add([t.human])
-        for part in _parts(message):
-            self._add(self._image() if part["type"] == "image" else t.encode(part["text"]))
+        self._content(_parts(message.get("content"), "user message", images=True), target=False)
         if think:
             self._add([t.blue_think])
-        self._add([*t.encode("\n"), t.ai])
+        self._add([*t.newline, t.ai])
 
     def reply(self, message: Message) -> None:
         t = self._tokenizer
         thought = message.get("thinking")
         if thought is not None:
             self._add([t.think, *t.encode(thought), t.think_end], target=True)
-        for part in _parts(message):
-            self._add(t.encode(part["text"]), target=True)
+        self._content(_parts(message.get("content"), "assistant message", images=False), target=True)
         self._add([t.eos], target=True)
 
     def finish(self) -> Encoded:
         if self._images != len(self._image_tokens):
             raise UserError(
-                f"the messages have {self._images} image parts but {len(self._image_tokens)} images are supplied; "
+                f"there are {self._images} image parts but {len(self._image_tokens)} images are supplied; "
                 "give one image for each image part"
             )
         return Encoded(self._tokens, self._loss_mask, self._images)
+
+    def _content(self, parts: Sequence[dict], target: bool) -> None:
+        for part in parts:
+            if part["type"] == "image":
+                self._add(self._image())
+            else:
+                self._add(self._tokenizer.encode(part["text"]), target)
 
     def _image(self) -> list[int]:
         t, at = self._tokenizer, self._images
@@ -146,19 +165,18 @@ def _check_roles(messages: Sequence[Message], last: str) -> None:
         raise UserError(f"the last message is the {messages[-1]['role']}'s; it must be the {last}'s")
 
 
-def _parts(message: Message) -> list[dict]:
-    """The content as a list of checked parts."""
-    content, role = message.get("content"), message["role"]
+def _parts(content: Any, where: str, images: bool) -> Sequence[dict]:
+    """The content as a list of checked parts; ``where`` and ``images`` say whose it is and whether it may hold any."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list) or not content:
-        raise UserError(f"the content of a {role} message is {content!r:.60}; it must be text or a list of parts")
+        raise UserError(f"the content of a {where} is {content!r:.60}; it must be text or a list of parts")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str) and len(part) == 2:
             continue
-        if kind == "image" and role == "user" and len(part) == 1:
+        if kind == "image" and images and len(part) == 1:
             continue
-        allowed = '{"type": "text", "text": ...}' + (' or {"type": "image"}' if role == "user" else "")
-        raise UserError(f"a content part of a {role} message is {part!r:.60}; it must be {allowed}")
+        allowed = '{"type": "text", "text": ...}' + (' or {"type": "image"}' if images else "")
+        raise UserError(f"a content part of a {where} is {part!r:.60}; it must be {allowed}")
     return content

@@ -1,81 +1,119 @@
-"""WebDataset shards: find the members of a tar once, then read them by offset."""
+"""Shards: find the members of every sample once, in bounded memory; they are read by offset from then on."""
 
-import os
 import tarfile
-from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import BinaryIO
 
-from nemo_bluelm.errors import UserError
+from nemo_bluelm.data.files import Files, ReadError, expand, join
+from nemo_bluelm.data.groups import Group, Member, Torn
+from nemo_bluelm.data.jsonl import SUFFIX as JSONL
+from nemo_bluelm.data.jsonl import scan_jsonl
+
+__all__ = ["Files", "Group", "Member", "ReadError", "Torn", "expand", "is_tar", "join", "scan"]
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError)  # what tarfile makes of damaged headers
 
 
-class Member(NamedTuple):
-    """Where a file lies in its tar: ``size`` bytes from ``offset``."""
-
-    offset: int
-    size: int
+def is_tar(path: str) -> bool:
+    """Whether a shard is a tar: all are but ``.jsonl``."""
+    return not path.endswith(JSONL)
 
 
-def scan_shard(path: Path) -> dict[str, dict[str, Member]]:
-    """Members of a tar as {key: {extension: Member}}, in the tar's order.
+def scan(path: str, files: Files | None = None) -> Iterator[Group]:
+    """The samples of a shard, in its order.
 
-    As in WebDataset the key is the path up to the first dot of the file name, the extension all that follows it.
+    In a tar, consecutive members with one key are a sample. As in WebDataset the key is the path up to the first dot
+    of the file name, the extension all that follows it. A sample counts as whole once the next one or the
+    end-of-archive mark proves that nothing of it is missing.
+
+    Args:
+        path: a tar or ``.jsonl``; local, relative to the root of ``files``, or a URL.
 
     Raises:
-        UserError: unreadable, compressed, truncated or not a tar; a member twice or without extension.
+        Torn: after the last whole sample: the shard is cut, damaged, compressed or no tar.
+        ReadError: the shard can't be read.
     """
-    samples: dict[str, dict[str, Member]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if not info.isreg():
-                    continue
-                folder, _, file = info.name.rpartition("/")
-                stem, _, extension = file.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if not stem or not extension:
-                    raise UserError(f"{path}: member {info.name!r} is not named KEY.EXTENSION; rename it")
-                members = samples.setdefault(key, {})
-                if extension in members:
-                    raise UserError(f"{path}: member {info.name!r} is there twice; write the shard again")
-                members[extension] = Member(info.offset_data, info.size)
-            end = tar.offset
-        with open(path, "rb") as file:
-            whole = os.pread(file.fileno(), tarfile.BLOCKSIZE, end) == bytes(tarfile.BLOCKSIZE)
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is not a whole uncompressed tar ({error}); write the shard again") from error
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}") from error
-    # tarfile takes a cut between two members, or rubbish after one, for the end; the zero block proves it.
-    if not whole:
-        raise UserError(f"{path} is truncated or damaged: no end-of-archive mark at byte {end}; write the shard again")
-    return samples
-
-
-class ShardReader:
-    """Reads members by offset; keeps the last used shards open. Safe to share between threads."""
-
-    def __init__(self, root: Path, max_open: int = 64):
-        self._open = lru_cache(max_open)(lambda shard: _File(Path(root) / shard))
-
-    def read(self, shard: str, member: Member) -> bytes:
-        """Raises UserError when the shard is gone or shorter than it was."""
-        data = os.pread(self._open(shard).fd, member.size, member.offset)
-        if len(data) != member.size:
-            raise UserError(f"{shard} is shorter than when it was indexed; restore it, or start the run again")
-        return data
-
-
-class _File:
-    """A file descriptor that closes with its last reader, so that eviction never closes it under one."""
-
-    def __init__(self, path: Path):
-        self.fd = -1
+    with (files or Files()).open(path) as file:
         try:
-            self.fd = os.open(path, os.O_RDONLY)
+            yield from _scan_tar(file, path) if is_tar(path) else scan_jsonl(file, path)
         except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror}") from error
+            raise ReadError(f"{path} can't be read: {error.strerror or error}") from error
 
-    def __del__(self):
-        if self.fd >= 0:
-            os.close(self.fd)
+
+def _scan_tar(file: BinaryIO, path: str) -> Iterator[Group]:
+    try:
+        yield from _groups(file)
+    except _TAR_ERRORS as error:
+        file.seek(0)
+        offset, reason = _explain(file.read(6), error)
+        raise Torn(path, offset, reason) from error
+
+
+def _groups(file: BinaryIO) -> Iterator[Group]:
+    group: Group | None = None
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (info := _next(tar, group)) is not None:
+            if not info.isreg():
+                continue
+            key, extension = _split(info.name)
+            if group is not None and key != group.key:
+                yield group
+                group = None
+            if group is None:
+                group = Group(key, info.offset, {})
+            if extension is None:
+                group = group._replace(bad=f"its member {key!r} is not named KEY.EXTENSION; rename it")
+            elif extension in group.members:
+                group = group._replace(bad=f"its member {key}.{extension} is there twice; write the shard again")
+            else:
+                group.members[extension] = Member(info.offset_data, info.size)
+        end = tar.offset
+    # tarfile takes a cut between two members, or rubbish after one, for the end; the zero block proves it.
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise _Cut(group.offset if group else end, "no end-of-archive mark")
+    if group is not None:
+        yield group
+    while rest := file.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise _Cut(end, "more data follows the end-of-archive mark")
+
+
+def _next(tar: tarfile.TarFile, group: Group | None) -> tarfile.TarInfo | None:
+    try:
+        info = tar.next()
+        if info is not None and tar.offset <= info.offset:
+            raise ValueError("a header with a negative size")  # tarfile would go back to it for ever
+    except _TAR_ERRORS as error:
+        raise _Cut(group.offset if group else tar.offset, str(error)) from error
+    tar.members.clear()  # it keeps every member it has met
+    return info
+
+
+class _Cut(tarfile.TarError):
+    """The samples from ``offset`` on are lost."""
+
+    def __init__(self, offset: int, reason: str):
+        super().__init__(reason)
+        self.offset = offset
+
+
+def _explain(start: bytes, error: Exception) -> tuple[int, str]:
+    """(offset, reason) of a tar that doesn't read to its end."""
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            return 0, f"it is compressed with {name}; decompress it"
+    if isinstance(error, _Cut):
+        return error.offset, f"{error}; write the shard again"
+    return 0, f"not a tar ({error})"
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """(key, extension) of a member; without an extension, or without a name before it, (path, None)."""
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    folder, _, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    if not stem or not extension:
+        return name, None
+    return (f"{folder}/{stem}" if folder else stem), extension

@@ -1,12 +1,15 @@
 """The tokenizer: byte-level BPE with the chat's special tokens, trained or loaded from a tokenizer.json."""
 
+import hashlib
 import os
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from nemo_bluelm.data.files import Files, NotFound
 from nemo_bluelm.errors import UserError
 
 _NAMES = {
@@ -61,7 +64,14 @@ class Tokenizer:
 
     Text that merely looks like a special token (a user types ``</s>``) is encoded as ordinary text, so no user can
     forge a turn, an image or a thought.
+
+    Attributes:
+        path: the file or URL it was read from.
+        digest: SHA-256 (hex) of that file.
     """
+
+    path: str
+    digest: str
 
     pad: int
     bos: int
@@ -75,38 +85,42 @@ class Tokenizer:
     think: int
     think_end: int
 
-    def __init__(self, bpe: tokenizers.Tokenizer, name: str):
-        """Use :meth:`load`; ``name`` stands in error messages."""
+    def __init__(self, bpe: tokenizers.Tokenizer, path: str, digest: str):
+        """Use :meth:`load`."""
         missing = [token for token in SPECIAL_TOKENS if bpe.token_to_id(token) is None]
         if missing:
-            raise UserError(f"{name} lacks the special tokens {' '.join(missing)}; add them or train a new tokenizer")
+            raise UserError(f"{path} lacks the special tokens {' '.join(missing)}; add them or train a new tokenizer")
         added = {token.content: token for token in bpe.get_added_tokens_decoder().values()}
         plain = [token for token in SPECIAL_TOKENS if token not in added or not added[token].special]
         if plain:
-            raise UserError(f'{name} holds {" ".join(plain)} as ordinary tokens; mark them "special": true')
+            raise UserError(f'{path} holds {" ".join(plain)} as ordinary tokens; mark them "special": true')
         # Not stored in tokenizer.json: it must be set after every load.
         bpe.encode_special_tokens = True
-        self._bpe = bpe
+        self._bpe, self.path, self.digest = bpe, path, digest
         for attribute, token in _NAMES.items():
             setattr(self, attribute, bpe.token_to_id(token))
 
     @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
-        """Read a tokenizer.json of the ``tokenizers`` library.
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a tokenizer.json of the ``tokenizers`` library, a file or a URL.
 
         Raises:
             UserError: no such file, not a tokenizer, or a special token is absent (it names which).
         """
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"tokenizer {path} does not exist; set data.root and data.tokenizer, or make the corpus")
+        path, files = str(path), Files()
         try:
-            bpe = tokenizers.Tokenizer.from_file(str(path))
+            content = files.read(path, 0, files.stat(path).size)
+        except NotFound as error:
+            raise UserError(
+                f"tokenizer {path} does not exist or can't be read; set data.root or data.tokenizer, or make the corpus"
+            ) from error
+        try:
+            bpe = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer.json: {error}") from error
         bpe.no_truncation()  # a file may carry both settings, which would cut and pad documents without a word
         bpe.no_padding()
-        return cls(bpe, str(path))
+        return cls(bpe, path, hashlib.sha256(content).hexdigest())
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; no special token is added or recognised. Raises UserError for what isn't Unicode."""
@@ -114,6 +128,11 @@ class Tokenizer:
             return self._bpe.encode(text, add_special_tokens=False).ids
         except TypeError:  # what the library makes of a lone surrogate
             raise UserError(f"the text {text!r:.60} is not valid Unicode; remove its lone surrogates") from None
+
+    @cached_property
+    def newline(self) -> list[int]:
+        """Ids of a line break, which ends every query."""
+        return self.encode("\n")
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
         """Text of ids, special tokens written out unless ``skip_special``."""

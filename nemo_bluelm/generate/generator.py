@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_bluelm.config.schema import geometry_of
 from nemo_bluelm.data.chat import Encoded, Message, encode_prompt
-from nemo_bluelm.data.images import load_tiles
+from nemo_bluelm.data.decode import load_tiles
 from nemo_bluelm.data.packs import collate
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.geometry import Geometry

@@ -1,34 +1,85 @@
-"""The stream of packs as a Lightning data module: which rank takes which pack, and where a resumed run goes on."""
+"""The packs of a run as a Lightning data module: which rank loads which pack, and where a resumed run goes on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from itertools import islice
+from typing import Any
 
 import lightning.pytorch as L
+import torch
 from megatron.core import parallel_state
 from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins.data_sampler import DataSampler
 from torch.utils.data import DataLoader, IterableDataset
 
+from nemo_bluelm.data.loader import LoadedPack, PackLoader, prefetch
 from nemo_bluelm.data.packs import PackedBatch
-from nemo_bluelm.data.stream import PackStream
+from nemo_bluelm.data.plan import Pack
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.sharing import Holes, decodes
 
 
 class RankPacks(IterableDataset):
-    """The packs of one data-parallel rank, from a global position on, without end.
+    """The packs of one data-parallel rank, loaded ahead, without end.
 
-    The packs of an optimizer step are dealt to the data-parallel ranks in turn, so a global batch holds the same
-    packs in any layout.
+    Every rank plans all packs, since planning is cheap, and loads its own: those of an optimizer step are dealt to the
+    data-parallel ranks in turn, so a global batch holds the same packs in any layout.
+
+    Args:
+        loader: its plan stands at the first pack of the next step.
+        global_batch_size: packs in an optimizer step, over all ranks.
+        threads, ahead: as :func:`nemo_bluelm.data.loader.prefetch`.
     """
 
-    def __init__(self, stream: PackStream, position: int, rank: int, ranks: int):
-        self.stream, self.position, self.rank, self.ranks = stream, position, rank, ranks
+    def __init__(self, loader: PackLoader, global_batch_size: int, threads: int, ahead: int):
+        self._loader, self._global_batch_size = loader, global_batch_size
+        self._threads, self._ahead = threads, ahead
+        self._states = {loader.plan.number: loader.plan.state()}
+
+    def state(self, position: int) -> dict[str, Any]:
+        """The plan's state when ``position`` packs, a whole number of steps, have been trained on.
+
+        What is loaded ahead doesn't count. States before ``position`` are forgotten.
+        """
+        self._states = {number: state for number, state in self._states.items() if number >= position}
+        return self._states[position]
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        index = self.position + self.rank
-        while True:
-            yield self.stream[index]
-            index += self.ranks
+        """
+        Raises:
+            UserError: the sources end before the training does; too many bad samples.
+        """
+        for pack in prefetch(self._mine(), self._load(), self._threads, self._ahead):
+            yield pack.batch
+        raise UserError(
+            f"the data ends after {self._loader.plan.number // self._global_batch_size} steps: every source has been "
+            "gone through data.sources.NAME.max_epochs times; raise it, or lower train.steps"
+        )
+
+    def _mine(self) -> Iterator[Pack]:
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        plan = self._loader.plan
+        while len(step := list(islice(plan, self._global_batch_size))) == self._global_batch_size:
+            self._states[plan.number] = plan.state()
+            yield from step[rank::ranks]
+
+    def _load(self) -> Callable[[Pack], LoadedPack]:
+        """How this rank loads a pack: with pixels, or as told by the rank of its model copy that has them."""
+        loader = self._loader
+        model_ranks = torch.distributed.get_world_size() // parallel_state.get_data_parallel_world_size()
+        if model_ranks == 1:
+            return loader.load
+        # Ranks of a model copy meet at every optimizer step; beyond that only what is loaded ahead lies between them.
+        holes = Holes.of_this_job(keep=2 * self._global_batch_size + self._ahead + self._threads)
+        if not decodes():
+            return lambda pack: loader.load_text(pack, holes.wait(pack.number))
+
+        def load_and_tell(pack: Pack) -> LoadedPack:
+            loaded = loader.load(pack)
+            holes.tell(pack.number, loaded.holes)
+            return loaded
+
+        return load_and_tell
 
 
 class PackStep(MegatronStep):
@@ -65,33 +116,31 @@ class PackSampler(DataSampler):
 
 
 class PackDataModule(L.LightningDataModule):
-    """The packs of a run; a resumed run goes on at the first pack that no optimizer step has used."""
+    """The packs of a run; a resumed run goes on at the first pack that no optimizer step has used.
 
-    def __init__(self, stream: PackStream, global_batch_size: int, sequence_length: int):
+    Args:
+        loader: of the packs.
+        global_batch_size: packs in an optimizer step, over all ranks.
+        threads, ahead: as :func:`nemo_bluelm.data.loader.prefetch`.
+    """
+
+    def __init__(self, loader: PackLoader, global_batch_size: int, threads: int, ahead: int):
         super().__init__()
-        self.stream = stream
-        self.data_sampler = PackSampler(global_batch_size, sequence_length)
+        self.loader = loader
+        self._prefetch = threads, ahead
+        self.data_sampler = PackSampler(global_batch_size, loader.plan.sequence_length)
 
-    def state_dict(self) -> dict[str, str]:
-        """What a checkpoint keeps of the data; the position follows from the step."""
-        return {"fingerprint": self.stream.fingerprint}
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: the plan's state after the packs of all finished steps."""
+        return self._packs.state(self.trainer.global_step * self.data_sampler.global_batch_size)
 
-    def load_state_dict(self, state: dict[str, str]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Raises:
             UserError: the packs after this checkpoint would not be the ones of the run that wrote it.
         """
-        if state["fingerprint"] != self.stream.fingerprint:
-            raise UserError(
-                "the shards or the tokenizer in data.root changed since the checkpoint was written; "
-                "restore them, or choose another run_dir to start afresh"
-            )
+        self.loader.plan.restore(state)
 
     def train_dataloader(self) -> DataLoader:
-        dataset = RankPacks(
-            self.stream,
-            position=self.trainer.global_step * self.data_sampler.global_batch_size,
-            rank=parallel_state.get_data_parallel_rank(),
-            ranks=parallel_state.get_data_parallel_world_size(),
-        )
-        return DataLoader(dataset, batch_size=None, num_workers=0)
+        self._packs = RankPacks(self.loader, self.data_sampler.global_batch_size, *self._prefetch)
+        return DataLoader(self._packs, batch_size=None, num_workers=0)

@@ -1,5 +1,6 @@
 """BlueLM as a NeMo plugin: the LightningModule that NeMo's MegatronStrategy drives."""
 
+import dataclasses
 from typing import Optional
 
 import lightning.pytorch as L
@@ -15,6 +16,7 @@ from nemo_bluelm.layers.context import context_rows
 from nemo_bluelm.model.bluelm import BlueLMModel
 from nemo_bluelm.model.config import TORCH_DTYPE, language_transformer_config
 from nemo_bluelm.model.init import initialize
+from nemo_bluelm.runtime.sharing import share_tiles
 
 
 class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
@@ -71,7 +73,9 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
         batch, _, _ = next(dataloader_iter)
         if not self.module.vp_stage:  # further virtual stages are fed the same packs again
             self.real_tokens += int(batch.cu_seqlens[-1])
-        return batch.to(self.device)
+        no_tiles = batch.tiles.new_empty((0, *batch.tiles.shape[1:]), device=self.device)
+        tiles = share_tiles(batch.tiles, self.device) if self.module.pre_process else no_tiles
+        return dataclasses.replace(batch, tiles=tiles).to(self.device)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """One pack through this rank's part: row losses [1, S / context size] on the last stage."""

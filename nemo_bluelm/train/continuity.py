@@ -20,7 +20,16 @@ KEPT_ON_RESUME = (
     "train.freeze",
     "parallel.context",
 )
-MAY_MOVE = ("data.root", "data.tokenizer")  # the stream's fingerprint tells whether their content is the same
+# The plan's identity tells whether the content of root and tokenizer is the same; the rest changes no token or pixel.
+MAY_MOVE = (
+    "data.root",
+    "data.tokenizer",
+    "data.index",
+    "data.max_bad_fraction",
+    "data.decode.device",
+    "data.decode.threads",
+    "data.decode.prefetch",
+)
 WEIGHT_SHAPES = (
     "model.vision.",
     "model.language.",

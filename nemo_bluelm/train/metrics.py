@@ -17,7 +17,8 @@ from nemo_bluelm.runtime.run_dir import METRICS_FILE, write_atomically
 class Metrics(Callback):
     """Writes step, loss, lr, grad_norm, tokens, seconds and tokens_per_second of every step on rank 0.
 
-    ``loss`` is the mean over all target tokens of the global batch; ``tokens`` counts real tokens, not padding.
+    ``loss`` is the mean over all target tokens of the global batch; ``tokens`` counts real tokens, not padding;
+    ``bad_samples`` counts those met since the run was started or resumed.
     A resumed run drops the lines after its checkpoint, so that the file reads like one uninterrupted run.
     """
 
@@ -57,8 +58,9 @@ class Metrics(Callback):
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             torch.distributed.broadcast(loss, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-        tokens = torch.tensor(module.real_tokens, device=loss.device)
-        torch.distributed.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
+        counts = torch.tensor([module.real_tokens, trainer.datamodule.loader.bad_samples], device=loss.device)
+        torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        tokens, bad_samples = counts.tolist()
         module.real_tokens = 0
         if trainer.is_global_zero:
             seconds = time.perf_counter() - self.started
@@ -67,14 +69,17 @@ class Metrics(Callback):
                 loss=loss.item(),
                 lr=self.lr,
                 grad_norm=float(trainer.callback_metrics.get("grad_norm", float("nan"))),
-                tokens=tokens.item(),
+                tokens=tokens,
                 seconds=seconds,
-                tokens_per_second=tokens.item() / seconds,
+                tokens_per_second=tokens / seconds,
+                bad_samples=bad_samples,
             )
 
     def _report(self, **row) -> None:
         self.file.write(json.dumps(row) + "\n")
         report = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
+        if row["bad_samples"]:
+            report += f"  {row['bad_samples']} bad samples"
         self.progress.update(self.task, completed=row["step"], report=report)
         if not self.console.is_terminal and (row["step"] % self.log_every == 0 or row["step"] == self.steps):
             print(f"{self.name}  step {row['step']}/{self.steps}  {report}", file=sys.stderr, flush=True)

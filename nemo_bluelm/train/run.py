@@ -49,7 +49,7 @@ def train(recipe: Recipe) -> int:
     init_from = resolve_checkpoint(recipe.init_from, "init_from") if recipe.init_from else None
 
     quiet()
-    stream = open_data(recipe)
+    loader = open_data(recipe)
     if init_from is not None:
         check_init(recipe, init_from)
     recipe_yaml = to_yaml(recipe).encode()
@@ -67,7 +67,7 @@ def train(recipe: Recipe) -> int:
     stop = StopOnSignal(checkpoints)
     metrics = Metrics(run_dir, recipe.name, recipe.train.steps, recipe.train.log_every)
     with writing(run_dir), diverging(run_dir):
-        fit(recipe, stream, [metrics, checkpoints, stop], init_from, resume_from)
+        fit(recipe, loader, [metrics, checkpoints, stop], init_from, resume_from)
     if lock is not None:
         lock.close()
     if stop.received:
@@ -80,11 +80,11 @@ def train(recipe: Recipe) -> int:
     return 0
 
 
-def fit(recipe: Recipe, stream, callbacks: list, init_from=None, resume_from=None) -> None:
+def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=None) -> None:
     """Build model, optimizer and trainer for a recipe and train; ``prepare`` must have been called.
 
     Args:
-        stream: the run's PackStream.
+        loader: the run's PackLoader.
         callbacks: Lightning callbacks.
         init_from: checkpoint folder whose weights a fresh run starts from.
         resume_from: checkpoint folder to go on from, with optimizer and data position.
@@ -116,9 +116,10 @@ def fit(recipe: Recipe, stream, callbacks: list, init_from=None, resume_from=Non
         ),
         lr_scheduler=LearningRate(recipe.train.steps, optim),
     )
-    model = BlueLM(recipe, stream.tokenizer.image, TokenLoss, optimizer)
+    model = BlueLM(recipe, loader.tokenizer.image, TokenLoss, optimizer)
     trainer = build_trainer(recipe, build_strategy(recipe, init_from), callbacks)
-    data = PackDataModule(stream, recipe.train.global_batch_size, recipe.data.sequence_length)
+    decode = recipe.data.decode
+    data = PackDataModule(loader, recipe.train.global_batch_size, decode.threads, decode.prefetch)
     try:
         trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
     finally:
@@ -145,21 +146,21 @@ def diverging(run_dir: Path) -> Iterator[None]:
 
 
 def open_data(recipe: Recipe):
-    """The run's PackStream, its tokenizer checked against the model.
+    """The run's PackLoader, its tokenizer checked against the model.
 
     Raises:
-        UserError: as PackStream; a tokenizer with more tokens than the model has rows.
+        UserError: as ``nemo_bluelm.data.open.open_data``; a tokenizer with more tokens than the model has rows.
     """
-    from nemo_bluelm.data.stream import PackStream
+    from nemo_bluelm.data import open as data
 
-    stream = PackStream(recipe.data, geometry_of(recipe.model), recipe.seed, alignment(recipe))
+    loader = data.open_data(recipe.data, geometry_of(recipe.model), recipe.seed, alignment(recipe))
     rows = recipe.model.language.vocab_size
-    if stream.tokenizer.vocab_size > rows:
+    if loader.tokenizer.vocab_size > rows:
         raise UserError(
-            f"model.language.vocab_size is {rows}, but the tokenizer in data.root has {stream.tokenizer.vocab_size} "
+            f"model.language.vocab_size is {rows}, but the tokenizer in data.root has {loader.tokenizer.vocab_size} "
             "tokens; raise model.language.vocab_size or choose another tokenizer"
         )
-    return stream
+    return loader
 
 
 def _open_run_dir(run_dir: Path, recipe_yaml: bytes) -> IO[bytes]:

@@ -1,6 +1,9 @@
 """Shared pieces: the corpus, a tokenizer, and small shards."""
 
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,14 +32,14 @@ def tokenizer(corpus) -> Tokenizer:
 
 
 @pytest.fixture
-def data(corpus) -> DataConfig:
+def data(corpus, tmp_path) -> DataConfig:
     """The corpus as a mixture of 60 : 20 : 20."""
     sources = {
         "digits": SourceConfig(["digits-train-*.tar"], 0.6),
         "photos": SourceConfig(["photos-train-*.tar"], 0.2),
         "text": SourceConfig(["text-train-*.tar"], 0.2),
     }
-    return DataConfig(root=str(corpus), sequence_length=512, max_tiles=64, sources=sources)
+    return DataConfig(str(corpus), index=str(tmp_path / "index"), sequence_length=512, max_tiles=64, sources=sources)
 
 
 @pytest.fixture
@@ -46,4 +49,16 @@ def small(tmp_path, tokenizer, corpus) -> DataConfig:
     write_shard(tmp_path / "images-0.tar", [image_sample(f"i{n}", 8 + 60 * n, 8) for n in range(5)])
     write_shard(tmp_path / "text-0.tar", [RawSample(f"t{n}", {"text": "word " * (9 + n)}) for n in range(7)])
     sources = {"images": SourceConfig(["images-*.tar"], 1.0), "text": SourceConfig(["text-*.tar"], 1.0)}
-    return DataConfig(root=str(tmp_path), sequence_length=128, max_tiles=20, sources=sources)
+    index = str(tmp_path / "index")
+    return DataConfig(root=str(tmp_path), index=index, sequence_length=128, max_tiles=20, sources=sources)
+
+
+@pytest.fixture
+def public_folder():
+    """A folder that other users can enter, which pytest's own are not. Only root can become another user."""
+    if os.getuid():
+        pytest.skip("only root can become another user")
+    folder = Path(tempfile.mkdtemp(prefix="nemo-bluelm-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from nemo_bluelm.config.schema import geometry_of
 from nemo_bluelm.data.chat import encode_prompt
-from nemo_bluelm.data.images import load_tiles
+from nemo_bluelm.data.decode import load_tiles
 from nemo_bluelm.data.tokenizer import Tokenizer, train_tokenizer
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.generate.generator import Generator, Prompt, Reply

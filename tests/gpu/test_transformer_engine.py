@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -43,8 +44,9 @@ def test_te_spec_in_bf16_equals_local_spec_in_fp32(gpu_corpus):
     from nemo_bluelm.runtime.single import single_process_world
 
     recipe = load_recipe("tiny/sft", [f"data.root={gpu_corpus}"])
-    stream = open_data(recipe)
-    pack = next(pack for pack in (stream[i] for i in range(50)) if len(pack.tiles) > 8)
+    loader = open_data(recipe)
+    packs = (loader.load(pack).batch for pack in islice(loader.plan, 50))
+    pack = next(pack for pack in packs if len(pack.tiles) > 8)
     with single_process_world():
         loss, grads, kinds = loss_and_gradients(recipe, pack, torch.bfloat16, "transformer_engine")
         reference, expected, local_kinds = loss_and_gradients(recipe, pack, torch.float32, "local")

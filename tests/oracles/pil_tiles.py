@@ -1,4 +1,4 @@
-"""AnyRes tiles by Pillow and numpy alone: the independent reference for nemo_bluelm.data.images."""
+"""AnyRes tiles by Pillow and numpy alone: the independent reference for nemo_bluelm.data.decode."""
 
 import io
 import math

@@ -41,10 +41,10 @@ class Recorder(Callback):
 def main(out: str, recipe_path: str, *overrides: str) -> None:
     recipe = load_recipe(recipe_path, list(overrides))
     run.alignment = lambda recipe: ALIGNMENT
-    stream = run.open_data(recipe)
+    loader = run.open_data(recipe)
     prepare()
     recorder = Recorder()
-    run.fit(recipe, stream, [recorder])
+    run.fit(recipe, loader, [recorder])
     recorded = {"losses": recorder.losses, "weights": recorder.weights, "grads": recorder.grads}
     torch.save(recorded, Path(out) / f"rank{os.environ['RANK']}.pt")
 

@@ -1,0 +1,79 @@
+"""Images that don't decode: a run goes on, and every rank of every layout leaves the same samples out."""
+
+import json
+import shutil
+
+import pytest
+
+from nemo_bluelm.data.ledger import Ledger
+from nemo_bluelm.data.shards import scan
+from tests.runtime.processes import TRAIN, finish, run, start
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def damaged(corpus, tmp_path_factory):
+    """The corpus with every 20th digit damaged behind its header."""
+    root = shutil.copytree(corpus, tmp_path_factory.mktemp("damaged") / "corpus")
+    for shard in root.glob("digits-train-*.tar"):
+        groups = list(scan(str(shard)))
+        with open(shard, "r+b") as file:
+            for group in groups[::20]:
+                offset, size = group.members["0.png"]
+                file.seek(offset + size // 2)
+                file.write(bytes(8))
+    return root
+
+
+def command(root, tmp_path, *overrides):
+    data = [f"data.root={root}", f"data.index={tmp_path / 'index'}", "train.steps=6", "optim.warmup_steps=2"]
+    return [
+        *TRAIN,
+        "recipes/tiny/sft.yaml",
+        *data,
+        f"run_dir={tmp_path / 'run'}",
+        "train.global_batch_size=4",
+        *overrides,
+    ]
+
+
+def rows(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(damaged, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("alone")
+    run(*command(damaged, tmp_path))
+    return rows(tmp_path), Ledger(tmp_path / "index" / "quarantine.jsonl").entries()
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.tensor=1"])
+def test_every_rank_leaves_out_the_same_samples(layout, alone, damaged, tmp_path):
+    """Tensor parallel: one rank decodes, the other gets its tiles. Pipeline: the last stage masks the loss."""
+    expected, ledger = alone
+    run(*command(damaged, tmp_path, layout, "--nproc", "2"))
+    assert [row["loss"] for row in rows(tmp_path)] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    assert rows(tmp_path)[-1]["bad_samples"] > 0
+    found = Ledger(tmp_path / "index" / "quarantine.jsonl").entries()
+    assert len(found) == len({(entry.shard, entry.offset) for entry in found})
+    trained = {entry.key for entry in ledger} & {entry.key for entry in found}  # each also met some loaded ahead
+    assert len(trained) > 3
+    assert all(entry.stage == "decode" and "image 0.png" in entry.error for entry in found)
+
+
+def test_too_many_bad_samples_end_the_run_with_one_line(damaged, tmp_path):
+    code, output = finish(start(*command(damaged, tmp_path, "data.max_bad_fraction=0.001")), timeout=120)
+    assert code == 2
+    message = output.splitlines()[-1]
+    assert "data.max_bad_fraction 0.001" in message and "image 0.png" in message
+    assert "Traceback" not in output
+
+
+def test_the_data_can_end_before_the_training(corpus, tmp_path):
+    epochs = [f"data.sources.{name}.max_epochs=0.02" for name in ("digits", "photos", "text")]
+    code, output = finish(start(*command(corpus, tmp_path, *epochs, "train.steps=50")), timeout=120)
+    assert code == 2
+    assert "the data ends after" in output.splitlines()[-1] and "max_epochs" in output.splitlines()[-1]
+    assert "Traceback" not in output
