@@ -25,14 +25,23 @@ def recipes_dir() -> Path:
     return _folder("recipes")
 
 
-def packaged_recipes() -> list[str]:
-    """Names of the packaged recipes, sorted, as ``train`` and ``plan`` take them: ``tiny/sft``."""
+_OTHER_KINDS = ("curate",)  # folders of recipes that aren't training runs
+
+
+def packaged_recipes(kind: str | None = None) -> list[str]:
+    """Names of the packaged recipes, sorted, as commands take them: ``tiny/sft``.
+
+    Args:
+        kind: None for training runs, as ``train`` and ``plan`` take them; ``curate`` for ``data curate``.
+    """
     root = recipes_dir()
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    names = sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    folders = {name: name.split("/")[0] for name in names}
+    return [name for name in names if folders[name] == kind or (kind is None and folders[name] not in _OTHER_KINDS)]
 
 
-def find_recipe(name: str) -> Path:
-    """The file that a recipe argument means.
+def find_recipe(name: str, kind: str | None = None) -> Path:
+    """The file that a recipe argument means; ``kind`` as for :func:`packaged_recipes`.
 
     A path to a file wins; otherwise ``tiny/sft``, ``tiny/sft.yaml`` and ``recipes/tiny/sft.yaml`` all name the packaged
     recipe.
@@ -46,7 +55,7 @@ def find_recipe(name: str) -> Path:
             raise UserError(f"{name}: a recipe is a .yaml file; rename it to {path.with_suffix('.yaml').name}")
         return path.resolve()
     short = name.removeprefix("./").removeprefix("recipes/").removesuffix(".yaml")
-    names = packaged_recipes()
+    names = packaged_recipes(kind)
     if short in names:
         return recipes_dir() / f"{short}.yaml"
     what = "is a folder, not a recipe" if path.is_dir() else "recipe not found"

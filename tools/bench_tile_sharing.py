@@ -12,7 +12,6 @@ import os
 import platform
 import statistics
 import time
-from multiprocessing import shared_memory
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from nemo_bluelm.geometry import Geometry
 
 ROUNDS = 10
 IMAGES = 6  # about 60 tiles of 378 pixels
+SHARED = "/dev/shm/nemo_bluelm_tiles"  # memory that every process of the machine can map
 
 
 def main() -> None:
@@ -45,10 +45,7 @@ def _rank(rank: int, ranks: int, out: Path | None) -> None:
     dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=ranks)
     backend, geometry, images = get_backend("torch"), Geometry(), make_images(IMAGES)
     shape = torch.cat(backend.tiles(images, geometry)).shape
-    memory = shared_memory.SharedMemory("nemo_bluelm_tiles", create=rank == 0, size=shape.numel()) if rank == 0 else None
-    dist.barrier()
-    memory = memory or shared_memory.SharedMemory("nemo_bluelm_tiles")
-    shared = torch.frombuffer(memory.buf, dtype=torch.uint8).view(-1)[: shape.numel()].view(shape)
+    shared = torch.from_file(SHARED, shared=True, size=shape.numel(), dtype=torch.uint8).view(shape)
 
     def decode() -> torch.Tensor:
         return torch.cat(backend.tiles(images, geometry))
@@ -81,9 +78,7 @@ def _rank(rank: int, ranks: int, out: Path | None) -> None:
         print(json.dumps(report, indent=2))
         if out:
             out.write_text(json.dumps(report, indent=2) + "\n")
-    del shared
-    if rank == 0:
-        memory.unlink()
+        os.remove(SHARED)
     dist.destroy_process_group()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_bluelm.data.decode import get_backend
+from nemo_bluelm.errors import UserError
 from nemo_bluelm.geometry import Geometry
 
 BATCH = 16  # images a call of a backend
@@ -36,14 +37,14 @@ def bench_cpu(names: Sequence[str], images: list[bytes], rounds: int, threads: i
         What ``--json`` prints: ``machine``, ``versions``, ``settings``, ``paths`` (one per row), ``notes``.
 
     Raises:
-        UserError: a backend that is not there.
+        UserError: a backend, or the GPU, is not there.
     """
     from nemo_bluelm.bench.peers import peers
 
     geometry = Geometry()
-    others, notes = peers(geometry)
     one = {name: _backend(name, geometry) for name in names}
     many = {name: _backend(name, geometry, threads=threads) for name in names}
+    others, notes = peers(geometry)
     with ThreadPoolExecutor(threads) as pool:
         one |= {name: _each(map, run) for name, run in others.items()}
         many |= {name: _each(pool.map, run) for name, run in others.items()}
@@ -60,6 +61,8 @@ def bench_gpu(names: Sequence[str], images: list[bytes], rounds: int, threads: i
     CPU time here is with ``threads`` threads, as images a second. Arguments, returns and errors as
     :func:`bench_cpu`.
     """
+    if not torch.cuda.is_available():
+        raise UserError("there is no CUDA device; take --device cpu")
     geometry = Geometry()
     paths = {
         f"{name} on the gpu" if name == "dali" else f"{name} + copy": _on_gpu(name, geometry, threads) for name in names
@@ -110,7 +113,7 @@ def _compare(one: dict[str, Path], many: dict[str, Path], images: list[bytes], r
             for name, row in rows.items():
                 started = time.process_time()
                 one[name](images)
-                row["rounds"].append(1000 * (time.process_time() - started) / len(images))
+                row["rounds"].append(round(1000 * (time.process_time() - started) / len(images), 3))
                 started = time.perf_counter()
                 many[name](images)
                 row["wall"].append(len(images) / (time.perf_counter() - started))
@@ -119,12 +122,12 @@ def _compare(one: dict[str, Path], many: dict[str, Path], images: list[bytes], r
     for row in rows.values():
         times = row["rounds"]
         row["cpu_ms"] = {"median": median(times), "min": min(times), "max": max(times)}
-        row["images_per_s"] = max(row.pop("wall"))
+        row["images_per_s"] = round(max(row.pop("wall")), 1)
     return list(rows.values())
 
 
 def _ratio(row: dict, other: dict) -> float:
-    return median(ours / theirs for ours, theirs in zip(row["rounds"], other["rounds"]))
+    return round(median(ours / theirs for ours, theirs in zip(row["rounds"], other["rounds"])), 3)
 
 
 def _add_parity(rows: list[dict], paths: dict[str, Path], geometry: Geometry, images: list[bytes]) -> None:
@@ -135,7 +138,7 @@ def _add_parity(rows: list[dict], paths: dict[str, Path], geometry: Geometry, im
             pairs = zip(paths[row["name"]](images), reference)
             differences = [(ours.cpu().int() - theirs.int()).abs() for ours, theirs in pairs]
             largest = max(int(difference.max()) for difference in differences)
-            row["parity"] = {"max": largest, "mean": mean(float(each.float().mean()) for each in differences)}
+            row["parity"] = {"max": largest, "mean": round(mean(float(each.float().mean()) for each in differences), 4)}
 
 
 def _report(device: str, geometry: Geometry, images: list, rounds: int, threads: int, rows: list, notes: list) -> dict:

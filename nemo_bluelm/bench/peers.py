@@ -31,10 +31,16 @@ def peers(geometry: Geometry) -> tuple[dict[str, Callable[[bytes], Tensor]], lis
         found["hf fast uint8"] = fast(**_settings(geometry), do_rescale=False, do_normalize=False)
     else:
         notes.append(
-            "transformers' fast processor needs torchvision: pip install --no-deps torchvision==VERSION, "
-            f"the one made for torch {importlib.metadata.version('torch')}"
+            "transformers' fast processor needs torchvision: pip install --no-deps --target DIR "
+            f"torchvision=={_matching_torchvision()}, then again with PYTHONPATH=DIR"
         )
     return {name: _decoding(processor) for name, processor in found.items()}, notes
+
+
+def _matching_torchvision() -> str:
+    """The release that goes with this torch: 0.28.0 with 2.13.0. A folder of its own keeps a misfit out of the way."""
+    _, minor, patch = importlib.metadata.version("torch").split("+")[0].split(".")[:3]
+    return f"0.{int(minor) + 15}.{patch}"
 
 
 def _settings(geometry: Geometry) -> dict:

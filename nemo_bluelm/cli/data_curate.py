@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_bluelm.data.curate.schema import load_recipe
     from nemo_bluelm.resources import find_recipe
 
-    recipe = load_recipe(find_recipe(args.recipe), args.overrides)
+    recipe = load_recipe(find_recipe(args.recipe, "curate"), args.overrides)
     report = dry_run(recipe) if args.dry_run else run_recipe(recipe)
     if report is not None:
         print(report)

@@ -5,7 +5,7 @@ import importlib
 
 
 def add_commands(parser: argparse.ArgumentParser, group: str, commands: dict[str, str]) -> None:
-    """Add the commands of a group; ``commands`` is {name: what --help says}, their modules are ``cli/GROUP_NAME.py``."""
+    """Add the commands of a group, {name: what --help says}; their modules are ``cli/GROUP_NAME.py``."""
     below = parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
     for name, summary in commands.items():
         sub = below.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")

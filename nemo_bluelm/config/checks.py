@@ -31,14 +31,17 @@ def check_machine(recipe: Recipe) -> None:
     Raises:
         UserError: a GPU-only setting without a CUDA device.
     """
-    if recipe.parallel.distributed_optimizer:
-        import torch
+    wants_gpu = {
+        "parallel.distributed_optimizer is true": (recipe.parallel.distributed_optimizer, "false"),
+        "data.decode.device is gpu": (recipe.data.decode.device == DecodeDevice.gpu, "cpu"),
+    }
+    for what, (wanted, instead) in wants_gpu.items():
+        if wanted:
+            import torch
 
-        if not torch.cuda.is_available():
-            raise UserError(
-                "parallel.distributed_optimizer is true and this machine has no CUDA device; "
-                "set parallel.distributed_optimizer=false"
-            )
+            if not torch.cuda.is_available():
+                key = what.split()[0]
+                raise UserError(f"{what} and this machine has no CUDA device; set {key}={instead}")
 
 
 def alignment(recipe: Recipe) -> int:

@@ -102,17 +102,23 @@ class Files:
         with ThreadPoolExecutor(_QUESTIONS) as pool:
             return list(pool.map(stat, paths))
 
-    def reader(self, path: str) -> Read:
-        """Reads of one file that is gone through once, mostly forwards: remote ones are fetched in large blocks."""
-        absolute = self.absolute(path)
+    def reader(self, path: str, size: int | None = None) -> Read:
+        """Reads of one file that is gone through once, mostly forwards: remote ones are fetched in large blocks.
+
+        Args:
+            size: of the file in bytes, if it is known.
+        """
         read = partial(self.read, path)
-        return _Blocks(read, self.stat(path).size) if is_remote(absolute) else read
+        if not is_remote(self.absolute(path)):
+            return read
+        return _Blocks(read, self.stat(path).size if size is None else size)
 
     def open(self, path: str) -> BinaryIO:
         """The file as a seekable stream. Raises as :meth:`read`."""
         absolute = self.absolute(path)
         if is_remote(absolute):
-            return window(self.reader(path), 0, self.stat(path).size, 1 << 16)
+            size = self.stat(path).size
+            return window(self.reader(path, size), 0, size, 1 << 16)
         try:
             return open(absolute, "rb")
         except OSError as error:

@@ -19,6 +19,7 @@ _ORIENTATION = 0x0112  # EXIF tag
 
 # Such images are refused below. A filter for the whole process, because setting one for a call isn't thread safe.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
 
 class BadImage(UserError):
@@ -80,7 +81,8 @@ def open_image(data: bytes | BinaryIO) -> tuple[Image.Image, Header]:
     if orientation not in range(1, 9):
         orientation = 1
     width, height = image.size[::-1] if orientation >= 5 else image.size
-    return image, Header(image.format, width, height, orientation)
+    kind = "JPEG" if image.format == "MPO" else image.format  # several JPEGs in one file, of which the first is taken
+    return image, Header(kind, width, height, orientation)
 
 
 def _check_size(width: int, height: int) -> None:

@@ -186,10 +186,14 @@ class Index(Mapping[str, ShardIndex]):
         return len(self._shards)
 
     def _excluded(self) -> dict[str, np.ndarray]:
+        if not (excluded := self.ledger.excluded()):
+            return {}
+        files = Files(self.root)
+        names = {files.absolute(name): name for name in self._shards}
         offsets: dict[str, set[int]] = {}
-        for shard, offset in self.ledger.excluded():
-            if shard in self._shards:
-                offsets.setdefault(shard, set()).add(offset)
+        for shard, offset in excluded:
+            if shard in names:
+                offsets.setdefault(names[shard], set()).add(offset)
         rows = {shard: np.flatnonzero(np.isin(self[shard].offsets, list(found))) for shard, found in offsets.items()}
         return {shard: found for shard, found in rows.items() if len(found)}
 

@@ -36,7 +36,7 @@ def run(
         UserError: as :meth:`Indexer.index`; a worker was killed.
     """
     waiting = list(reversed(tasks))
-    pool = [_Worker((root, folder, geometry, tokenizer.path)) for _ in range(workers)]
+    pool = [_Worker((root, folder, geometry, tokenizer.path, tokenizer.digest)) for _ in range(workers)]
     try:
         busy = {}
         for worker in pool:
@@ -102,8 +102,11 @@ class _Worker:
 
 
 def _serve(connection: Connection) -> None:
-    root, folder, geometry, tokenizer = connection.recv()
-    indexer = Indexer(root, folder, geometry, Tokenizer.load(tokenizer))
+    root, folder, geometry, path, digest = connection.recv()
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.digest != digest:
+        raise UserError(f"tokenizer {path} changed while shards were indexed with it; index them again")
+    indexer = Indexer(root, folder, geometry, tokenizer)
     while True:
         connection.send(indexer.index(connection.recv(), connection.send))
 

@@ -133,7 +133,7 @@ class Indexer:
     ) -> tuple[str | None, Stat | None]:
         """Fills ``rows``; returns why the shard's end is lost, and its stat if it was read."""
         try:
-            read = self._files.reader(task.shard)
+            read = self._files.reader(task.shard, task.stat and task.stat.size)
             for group in scan(task.shard, self._files):
                 self._add(task.shard, read, group, rows)
                 if rows.full:
@@ -141,10 +141,10 @@ class Indexer:
             torn, stat = None, task.stat
         except Torn as error:
             torn, stat = error.reason, task.stat
-            self._ledger.append(Entry(task.shard, "", error.offset, "", f"the shard is torn: {error.reason}", "index"))
+            self._ledger.append(self._entry(task.shard, "", error.offset, f"the shard is torn: {error.reason}"))
         except ReadError as error:
             torn, stat = str(error), None
-            self._ledger.append(Entry(task.shard, "", 0, "", str(error), "index"))
+            self._ledger.append(self._entry(task.shard, "", 0, str(error)))
         write(rows.take())
         return torn, stat
 
@@ -159,8 +159,7 @@ class Indexer:
             raise  # that is the shard's fault
         except UserError as error:
             rows.rejected += 1
-            digest = hashlib.sha1(data).hexdigest() if data else ""
-            self._ledger.append(Entry(shard, group.key, group.offset, digest, str(error), "index"))
+            self._ledger.append(self._entry(shard, group.key, group.offset, str(error), data))
             return
         json_offset, json_size = group.members["json"]
         rows.add(
@@ -179,10 +178,14 @@ class Indexer:
             }
         )
 
+    def _entry(self, shard: str, key: str, offset: int, error: str, data: bytes = b"") -> Entry:
+        sha1 = hashlib.sha1(data).hexdigest() if data else ""
+        return Entry(self._files.absolute(shard), key, offset, sha1, error, "index")
+
     def _image(self, shard: str, read: Read, image: ImageFile) -> dict[str, Any]:
         loose = image.file != shard
         try:
-            source = self._files.reader(image.file) if loose else read
+            source = self._files.reader(image.file, image.member.size) if loose else read
             with located(f"image {image.name}"):
                 header = read_header(window(source, *image.member))
         except NotFound as error:

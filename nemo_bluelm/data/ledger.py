@@ -21,7 +21,7 @@ class Entry:
     """A bad sample or, with an empty key, a bad shard.
 
     Attributes:
-        shard: name in the index.
+        shard: absolute path or URL, for an index folder may serve several corpora.
         offset: byte in the shard at which the sample's first header or its line starts, or at which a shard is torn.
         sha1: SHA-1 (hex) of the bytes that are bad; empty where there are none.
         error: why, in one line.

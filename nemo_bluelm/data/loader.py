@@ -198,7 +198,8 @@ class PackLoader:
             if fault is not None:
                 sample = document.sample
                 sha1 = hashlib.sha1(fault.data).hexdigest()
-                entry = Entry(sample.shard, sample.key, fault.offset, sha1, fault.reason, fault.stage)
+                shard = self._files.absolute(sample.shard)
+                entry = Entry(shard, sample.key, fault.offset, sha1, fault.reason, fault.stage)
                 self.plan.index.ledger.append(entry)
                 self._last_fault = f"{sample.where}: {fault.reason}"
         with self._lock:

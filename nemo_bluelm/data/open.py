@@ -56,11 +56,17 @@ def open_data(
     Raises:
         UserError: as :func:`open_index`, ``MixturePlan`` and ``get_backend``.
     """
-    backend = get_backend(data.decode.backend, data.decode.device, max(1, data.decode.threads))
+    decode = data.decode
+    backend = get_backend(_plain(decode.backend), _plain(decode.device), max(1, decode.threads))
     index, tokenizer, shards = open_index(data, geometry, progress)
     sources = {
         name: Source(shards[name], source.weight, source.max_epochs, dict(source.resample))
         for name, source in data.sources.items()
     }
-    plan = MixturePlan(index, sources, seed, data.sequence_length, data.max_tiles, alignment, data.oversize)
+    plan = MixturePlan(index, sources, seed, data.sequence_length, data.max_tiles, alignment, _plain(data.oversize))
     return PackLoader(plan, Files(data.root), tokenizer, geometry, backend, data.max_bad_fraction)
+
+
+def _plain(choice: Any) -> str:
+    """A choice as text: a checkpoint holds no types of ours."""
+    return getattr(choice, "value", choice)

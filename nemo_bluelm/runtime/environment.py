@@ -16,6 +16,11 @@ class Launch:
     world_size: int = 1
     local_world_size: int = 1
 
+    @property
+    def local_rank(self) -> int:
+        """Place among the ranks of this machine, which is the number of this rank's GPU."""
+        return self.rank % self.local_world_size
+
     @classmethod
     def from_environment(cls) -> "Launch":
         """One process of its own where RANK is not set.

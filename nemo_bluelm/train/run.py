@@ -10,7 +10,7 @@ from typing import IO
 
 from nemo_bluelm.config.checks import alignment, check_machine, check_recipe
 from nemo_bluelm.config.compose import to_yaml
-from nemo_bluelm.config.schema import Dtype, Recipe, geometry_of
+from nemo_bluelm.config.schema import DecodeDevice, Dtype, Recipe, geometry_of
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.environment import Launch, prepare, quiet
 from nemo_bluelm.runtime.run_dir import (
@@ -49,6 +49,10 @@ def train(recipe: Recipe) -> int:
     init_from = resolve_checkpoint(recipe.init_from, "init_from") if recipe.init_from else None
 
     quiet()
+    if recipe.data.decode.device == DecodeDevice.gpu:
+        import torch
+
+        torch.cuda.set_device(launch.local_rank)  # the decode backend takes the current one
     loader = open_data(recipe)
     if init_from is not None:
         check_init(recipe, init_from)

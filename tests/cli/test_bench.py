@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import re
 
 import pytest
+import torch
 
 from nemo_bluelm.bench.images import SIZES, make_images
 from nemo_bluelm.bench.peers import peers
@@ -33,10 +35,13 @@ def test_loader_in_one_run(cli, tmp_path):
 
 
 def test_missing_torchvision_is_told(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torchvision" else find_spec(name, *rest)
+    )
     found, notes = peers(Geometry())
     assert list(found) == ["hf slow"]
-    assert len(notes) == 1 and "pip install --no-deps torchvision==" in notes[0]
+    assert len(notes) == 1 and re.search(r"pip install --no-deps --target DIR torchvision==0\.\d+\.\d+,", notes[0])
 
 
 def test_images_are_the_same_every_time():
@@ -52,10 +57,15 @@ def test_images_are_the_same_every_time():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ((), "BENCH"),
+        ((), "COMMAND"),
         (("lodaer",), "lodaer"),
         (("loader", "--images", "0"), "--images"),
         (("loader", "--images", "1", "--backends", "tourch"), "did you mean torch"),
+        pytest.param(
+            ("loader", "--images", "1", "--device", "gpu"),
+            "no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device"),
+        ),
         (("loader", "--folder", "nowhere"), "nowhere has no .jpg files"),
     ],
 )

@@ -10,13 +10,14 @@ import pytest
 
 from nemo_bluelm.config.schema import DataConfig, SourceConfig
 from nemo_bluelm.data.corpus import make_corpus
+from nemo_bluelm.data.index import build_index
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.data.writer import RawSample, write_shard
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "oracles"), str(TESTS / "data")]  # also under pytest's importlib mode
 
-from data_pieces import image_sample  # noqa: E402
+from data_pieces import GEOMETRY, image_sample  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +63,24 @@ def public_folder():
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def root(tmp_path, corpus):
+    """A folder of two small shards, five images and seven texts, and the tokenizer."""
+    folder = tmp_path / "root"
+    folder.mkdir()
+    shutil.copy(corpus / "tokenizer.json", folder)
+    write_shard(folder / "images-0.tar", [image_sample(f"i{n}", 8 + 60 * n, 8) for n in range(5)])
+    write_shard(folder / "text-0.tar", [RawSample(f"t{n}", {"text": "word " * (9 + n)}) for n in range(7)])
+    return folder
+
+
+@pytest.fixture
+def build(root, tmp_path, tokenizer):
+    """``build("*.tar", ...)``: the index of shards in ``root``."""
+
+    def build(*shards, out="index", geometry=GEOMETRY, tokenizer=tokenizer, root=root, **options):
+        return build_index(shards or ["*.tar"], tmp_path / out, geometry, tokenizer, root=root, **options)
+
+    return build

@@ -147,7 +147,7 @@ def test_a_bad_image_is_a_hole_and_its_neighbours_keep_their_pixels(backend, dat
                 kept.append(own)
         assert torch.equal(torch.cat(kept), b.tiles)
     (entry,) = loader.plan.index.ledger.entries()
-    assert (entry.shard, entry.key, entry.stage) == (victim.sample.shard, victim.sample.key, "decode")
+    assert (Path(entry.shard).name, entry.key, entry.stage) == (victim.sample.shard, victim.sample.key, "decode")
     assert loader.bad_samples == len(holes)
 
     told = load_as_told(open_data(data, GEOMETRY, seed=7), bad)
@@ -184,7 +184,7 @@ def test_a_shard_deleted_while_training_is_holes_with_reasons(small):
     for document in (d for loaded in packs for d in loaded.documents):
         assert (document.bad is not None) == (document.source == "images")
     entries = loader.plan.index.ledger.entries()
-    assert {(entry.shard, entry.stage) for entry in entries} == {("images-0.tar", "read")}
+    assert {(Path(entry.shard).name, entry.stage) for entry in entries} == {("images-0.tar", "read")}
     assert len(entries) == len({entry.key for entry in entries}) == 5
     assert "images-0.tar" in entries[0].error
     with pytest.raises(UserError, match="images-0.tar.*another process of the job could read it"):

@@ -71,9 +71,14 @@ def test_parameters_are_counted_without_memory():
 
 
 @pytest.mark.parametrize("distributed_optimizer", ["false", "true"])
-def test_a_recipe_trains_saves_and_resumes(distributed_optimizer, gpu_corpus, tmp_path):
-    fixed = [f"data.root={gpu_corpus}", f"run_dir={tmp_path / 'run'}", "precision=bf16", "train.save_every=20"]
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_a_recipe_trains_saves_and_resumes(backend, distributed_optimizer, gpu_corpus, tmp_path):
+    folders = {"data.root": gpu_corpus, "data.index": tmp_path / "index", "run_dir": tmp_path / "run"}
+    fixed = [*(f"{key}={folder}" for key, folder in folders.items()), "precision=bf16", "train.save_every=20"]
     fixed.append(f"parallel.distributed_optimizer={distributed_optimizer}")
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+        fixed += ["data.decode.backend=dali", "data.decode.device=gpu"]
     run(*TRAIN, "tiny/sft", *fixed, "train.steps=20", "optim.schedule=constant", timeout=200)
     run(*TRAIN, "tiny/sft", *fixed, "train.steps=40", "optim.schedule=constant", timeout=200)
     losses = [row["loss"] for row in read_metrics(tmp_path / "run")]

@@ -96,7 +96,7 @@ def find_near(codes: np.ndarray, texts: np.ndarray, groups: np.ndarray, max_dist
     bands = max_distance + 1
     for band in range(bands):
         part = np.packbits(bits[:, band::bands], axis=1)
-        keys = np.concatenate([part, texts[:, None].view(np.uint8).reshape(len(texts), -1)], axis=1)
+        keys = np.concatenate([part, texts[:, None].view(np.uint8).reshape(len(texts), 8)], axis=1)
         for members in _same(np.ascontiguousarray(keys)):
             _mark(members[~near[members]], codes, groups, max_distance, near)
     return near

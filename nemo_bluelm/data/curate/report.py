@@ -32,7 +32,9 @@ class WriteReport(PipelineStep):
         written, combinations = _written(self.counts)
         report |= written
         if self.shares:
-            report["resample"] = self._resample({tags: found[self.unit] for tags, found in combinations.items()})
+            report["resample"] = self._resample(
+                {k: found[self.unit] for k, found in combinations.items() if found[self.unit]}
+            )
             snippet = {"shards": [self.shard_pattern], "resample": report["resample"]["factors"]}
             with self.output.open("resample.yaml", "w") as file:
                 shares = (f"{tag} {share:.4f}" for tag, share in report["resample"]["shares"].items())

@@ -9,13 +9,16 @@ def factors(lengths: Mapping[Tags, float], wanted: Mapping[str, float]) -> dict[
     """Factor by tag, such that the tags make up their wanted shares of the length.
 
     A record comes as often as the largest factor among its tags says, one without any of them once. Where tags
-    overlap, several shares may exclude each other; the factors then come as near as they can.
+    overlap, several shares may exclude each other; the factors then come as near as they can. Where no record is
+    without these tags, nothing can be shared out and every factor is 1.
 
     Args:
-        lengths: total length of the records by their exact set of tags.
-        wanted: share by tag; every tag has records, and some records have none of them.
+        lengths: total length of the records by their exact set of tags, each above 0.
+        wanted: share by tag, above 0 and together below 1; every tag has records.
     """
     found = dict.fromkeys(wanted, 1.0)
+    if all(found.keys() & tags for tags in lengths):
+        return found
     for _ in range(1000):
         have = shares(lengths, found)
         if all(abs(have[tag] - share) < 1e-9 for tag, share in wanted.items()):

@@ -19,7 +19,7 @@ Alpha. It is dropped, not composited: the colours beneath it are taken as they a
     32-bit gray has no defined range and is refused.
 Colours. Converted to RGB by the plain formulas of the decoder; embedded ICC profiles are not applied.
 Pixels. ``pil`` is Pillow's bicubic, bit by bit; ``torch`` and ``dali`` on the CPU are within 16 levels of it, 0.25 on
-    average. They don't depend on the batch or the number of threads.
+    average on photos, and don't depend on the batch or the number of threads. A GPU's JPEG decoder rounds differently.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """The ``dali`` backend: NVIDIA DALI decodes JPEG, resizes and cuts tiles, on the CPU or a GPU.
 
 Plain JPEG goes to DALI's decoder, on a GPU its fast path. Pillow decodes everything else, and what DALI refuses, for
-the same DALI graph: its decoders round 16-bit colours, read 32-bit gray and guess colour spaces in ways of their own.
+the same DALI graph: DALI's decoders of other formats are no faster, and read 16 bits and odd files in their own way.
 """
 
 import threading
@@ -109,7 +109,7 @@ class DaliBackend:
         counts = [geometry.tiles(job.width, job.height) for job in jobs]
         tiles = [torch.from_dlpack(output[i])[:count] for i, count in enumerate(counts)]
         if self._device == "gpu":
-            # DALI takes its memory back when the tensor goes, though a queued kernel of torch's may yet have to read it.
+            # DALI takes its memory back when the tensor goes, though a queued kernel of torch's may still read it.
             tiles = [image.clone() for image in tiles]
             torch.cuda.current_stream(self._device_id).synchronize()
         for job, image in zip(jobs, tiles):

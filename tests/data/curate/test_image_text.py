@@ -132,3 +132,13 @@ def test_loose_images_of_jsonl_become_members(tmp_path):
     ((key, record, images),) = read_records(shard)
     assert (key, record.images) == ("7", ("0.png", "1.jpg"))
     assert images == [(folder / "one.PNG").read_bytes(), (folder / "two.jpg").read_bytes()]
+
+
+def test_nothing_left_is_a_report_and_no_shard(tmp_path):
+    dedups = ["text_dedup", "image_dedup", "pair_dedup", "minhash_dedup", "near_image_dedup"]
+    steps = {"answer": None, **dict.fromkeys(dedups)}
+    curation = Curation(tmp_path, steps, tasks=2, resample={"shares": {"gui": 0.5}})
+    table = curation.add(asked("empty", encoded(picture(1)), " ")).run("steps.minhash_dedup.buckets=2")
+    assert table.endswith("0 records in 0 shards\n")
+    assert [step["in"] for step in curation.report()["steps"]] == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert not list(curation.out.glob("*.tar"))

@@ -81,7 +81,7 @@ def test_off_leaves_a_step_out(tmp_path):
 def test_full_recipes_become_jobs_that_wait_for_each_other(tmp_path, name):
     curation = Curation(tmp_path, {"length": None}).add(text("a", english(1)))
     overrides = [f"input.root={tmp_path / 'in'}", "input.shards=[a.tar]", f"output={curation.out}", *SLURM, "tasks=40"]
-    recipe = load_recipe(resources.find_recipe(name), overrides)
+    recipe = load_recipe(resources.find_recipe(name, "curate"), overrides)
     assert recipe.executor.kind is Executor.slurm
     shown = dry_run(recipe)
     assert shown.count("#SBATCH --partition=cpu") == shown.count("launch_pickled_pipeline") >= 6
@@ -115,6 +115,6 @@ def test_no_sbatch_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["tiny_text", "tiny_image_text"])
 def test_tiny_recipes_run_on_the_quickstart_corpus(tmp_path, corpus, name):
     overrides = [f"input.root={corpus}", f"output={tmp_path / 'out'}"]
-    table = run(load_recipe(resources.find_recipe(f"curate/{name}"), overrides))
+    table = run(load_recipe(resources.find_recipe(f"curate/{name}", "curate"), overrides))
     assert "share" in table
     assert list((tmp_path / "out").glob("*.tar"))

@@ -57,3 +57,8 @@ def test_factors_reach_the_wanted_shares(lengths):
     wanted = {"a": 0.3, "b": 0.4}
     found = factors(lengths, wanted)
     assert shares(lengths, found) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_nothing_to_share_out():
+    assert factors({("a",): 10, ("a", "b"): 5}, {"a": 0.3}) == {"a": 1.0}
+    assert factors({}, {}) == {}
