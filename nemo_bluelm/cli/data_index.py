@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from nemo_bluelm.cli.arguments import add_json_argument, positive
 from nemo_bluelm.cli.model_geometry import add_model_argument, model_geometry
+from nemo_bluelm.data.progress import Lines
 
 if TYPE_CHECKING:
     from nemo_bluelm.data.index import Index
     from nemo_bluelm.data.tokenizer import Tokenizer
 
-_INTERVAL = 10  # seconds between two lines where there is no terminal
 _ROWS = 50  # a longer table names only shards that lost samples
 
 
@@ -96,7 +96,8 @@ class _Clock:
 def _progress() -> Iterator[Callable[[int, int, int, float], None]]:
     """A bar on a terminal, a line now and then elsewhere; both on stderr."""
     if not sys.stderr.isatty():
-        yield _Lines()
+        lines = Lines()
+        yield lambda done, shards, samples, rate: lines(done, shards, samples)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -110,17 +111,6 @@ def _progress() -> Iterator[Callable[[int, int, int, float], None]]:
             bar.update(task, completed=done, total=shards, description=text)
 
         yield show
-
-
-class _Lines:
-    def __init__(self):
-        self._last = time.monotonic()
-
-    def __call__(self, done: int, shards: int, samples: int, rate: float) -> None:
-        if time.monotonic() - self._last < _INTERVAL:
-            return
-        self._last = time.monotonic()
-        print(f"{done} of {shards} shards, {samples:,} samples, {rate:,.0f} samples/s", file=sys.stderr, flush=True)
 
 
 def _tokenizer(args: argparse.Namespace) -> "Tokenizer":

@@ -1,8 +1,8 @@
 """A recipe's data, opened for commands that look at it and train nothing."""
 
-import sys
 from typing import TYPE_CHECKING
 
+from nemo_bluelm.data.progress import Lines
 from nemo_bluelm.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,10 +31,4 @@ def open_recipe_data(path: str, overrides: list[str], pixels: bool) -> "PackLoad
 
     from nemo_bluelm.data.open import open_data
 
-    progress = _progress if sys.stderr.isatty() else None
-    return open_data(recipe.data, geometry_of(recipe.model), recipe.seed, alignment(recipe), progress)
-
-
-def _progress(shards: int, total: int, samples: int) -> None:
-    end = "\n" if shards == total else ""
-    print(f"\rindexing: {shards:,} of {total:,} shards, {samples:,} samples", end=end, file=sys.stderr, flush=True)
+    return open_data(recipe.data, geometry_of(recipe.model), recipe.seed, alignment(recipe), Lines())

@@ -99,6 +99,18 @@ class SourceTable:
         shard = self.shards[int(np.searchsorted(self._ends, piece, side="right"))]
         return shard.sample(int(self._rows[piece])), int(self._starts[piece]), int(self.tokens[piece])
 
+    def unused(self) -> str | None:
+        """In one line, how many samples of the source a run never sees whole, and why; None if it sees all."""
+        counts = self.counts
+        reasons = {
+            "rejected by the index": counts.rejected,
+            "in quarantine": counts.excluded,
+            "dropped as larger than a pack": counts.dropped,
+            "truncated": counts.truncated,
+        }
+        told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+        return f"data.sources.{self.name}: of {counts.samples + counts.rejected:,} samples {told}" if told else None
+
     def factors(self) -> np.ndarray:
         """How often each piece comes in an epoch, float [n]."""
         if not self.source.resample:

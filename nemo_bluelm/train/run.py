@@ -54,6 +54,9 @@ def train(recipe: Recipe) -> int:
 
         torch.cuda.set_device(launch.local_rank)  # the decode backend takes the current one
     loader = open_data(recipe)
+    for table in loader.plan.tables if rank == 0 else ():
+        if notice := table.unused():
+            print(f"{recipe.name}  {notice}", file=sys.stderr)
     if init_from is not None:
         check_init(recipe, init_from)
     recipe_yaml = to_yaml(recipe).encode()
@@ -156,8 +159,10 @@ def open_data(recipe: Recipe):
         UserError: as ``nemo_bluelm.data.open.open_data``; a tokenizer with more tokens than the model has rows.
     """
     from nemo_bluelm.data import open as data
+    from nemo_bluelm.data.progress import Lines
 
-    loader = data.open_data(recipe.data, geometry_of(recipe.model), recipe.seed, alignment(recipe))
+    progress = Lines() if Launch.from_environment().rank == 0 else None
+    loader = data.open_data(recipe.data, geometry_of(recipe.model), recipe.seed, alignment(recipe), progress)
     rows = recipe.model.language.vocab_size
     if loader.tokenizer.vocab_size > rows:
         raise UserError(

@@ -48,6 +48,12 @@ def test_excluded_rows_are_left_out_and_change_the_digest():
     assert part.counts.excluded == 2 and part.digest != whole.digest
 
 
+def test_what_a_run_never_sees_is_told_in_one_line():
+    assert table(Shard("t.tar", [50, 250])).unused() is None
+    told = table(Shard("i.tar", [90, 300], [1, 1], rejected=2), excluded={"i.tar": [0]}, oversize="truncate").unused()
+    assert told == "data.sources.s: of 4 samples 2 rejected by the index, 1 in quarantine, 1 truncated"
+
+
 def test_shards_by_name_and_glob():
     index = Index(*(Shard(f"{kind}-{n}.tar", [10 + n]) for kind in "ab" for n in range(2)))
     made = SourceTable("s", Source(["b-1.tar", "a-*.tar", "b-1.tar"]), index, Limits(100, 8))

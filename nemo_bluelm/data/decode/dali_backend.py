@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nemo_bluelm.data.decode import BadSample
@@ -121,9 +122,17 @@ def _read(position: int, data: bytes) -> _Job | BadSample:
         image, header = open_image(data)
     except BadImage as error:
         return BadSample(str(error))
+    return _Job(position, data, header.width, header.height, _is_plain(image, data))
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """Whether an image is a JPEG that DALI's decoders, on CPU and GPU, read as Pillow does."""
     # One without its end is cut or followed by something: decoders disagree about those.
-    plain = image.format == "JPEG" and image.mode in ("L", "RGB") and data.endswith(_END_OF_IMAGE)
-    return _Job(position, data, header.width, header.height, plain)
+    if image.format != "JPEG" or not data.endswith(_END_OF_IMAGE):
+        return False
+    if image.mode == "RGB":  # the GPU's decoder takes all colours for YCbCr
+        return image.info.get("adobe_transform") != 0 and bytes(channel[0] for channel in image.layer) != b"RGB"
+    return image.mode == "L"
 
 
 def _pixels(job: _Job) -> np.ndarray | BadSample:
@@ -173,7 +182,8 @@ def _build(encoded: bool, tile: int, device: str, device_id: int | None, threads
     def pipeline():
         if encoded:
             source = fn.external_source(name="source", dtype=types.UINT8, ndim=1)
-            image = fn.decoders.image(source, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB)
+            where = "mixed" if device == "gpu" else "cpu"
+            image = fn.decoders.image(source, device=where, output_type=types.RGB, jpeg_fancy_upsampling=True)
         else:
             source = fn.external_source(name="source", dtype=types.UINT8, ndim=3, layout="HWC")
             image = source.gpu() if device == "gpu" else source
