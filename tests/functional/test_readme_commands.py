@@ -18,7 +18,7 @@ COMMANDS = [
     line
     for block in re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
-    if line.startswith("nemo-bluelm ")
+    if line.startswith(("nemo-bluelm ", "tar "))
 ]
 
 
@@ -31,7 +31,9 @@ def losses(run_dir: Path) -> list[float]:
 def test_readme_commands_from_top_to_bottom(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     for line in COMMANDS:
-        command = [sys.executable, "-m", "nemo_bluelm.cli.main", *shlex.split(line)[1:]]
+        command = shlex.split(line)
+        if command[0] == "nemo-bluelm":
+            command[:1] = [sys.executable, "-m", "nemo_bluelm.cli.main"]
         result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=720)
         assert result.returncode == 0, f"{line}\n{result.stderr[-2000:]}"
 
