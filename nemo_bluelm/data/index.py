@@ -185,6 +185,14 @@ class Index(Mapping[str, ShardIndex]):
     def __len__(self) -> int:
         return len(self._shards)
 
+    def complaint(self, shard: str) -> str | None:
+        """What is wrong with a shard, or with the first of its bad samples."""
+        if self[shard].torn:
+            return f"{shard}: {self[shard].torn}"
+        path = Files(self.root).absolute(shard)
+        first = next((entry for entry in self.ledger.entries() if entry.shard == path and entry.key), None)
+        return first and f"{shard}: sample {first.key!r}: {first.error}"
+
     def _excluded(self) -> dict[str, np.ndarray]:
         if not (excluded := self.ledger.excluded()):
             return {}

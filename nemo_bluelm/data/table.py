@@ -89,7 +89,7 @@ class SourceTable:
         parts = [self._pieces(shard, rows, limits) for shard, rows in zip(self.shards, excluded)]
         rows, starts, tokens, tiles = (np.concatenate(columns) for columns in zip(*parts))
         if not len(rows):
-            raise UserError(self._empty())
+            raise UserError(self._empty(index, limits))
         self._rows, self._starts, self.tokens, self.tiles = rows, starts, tokens, tiles
         self._ends = np.cumsum([len(part[0]) for part in parts])
         self._sizes = [len(part[0]) for part in parts]
@@ -108,8 +108,11 @@ class SourceTable:
             "dropped as larger than a pack": counts.dropped,
             "truncated": counts.truncated,
         }
-        told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
-        return f"data.sources.{self.name}: of {counts.samples + counts.rejected:,} samples {told}" if told else None
+        told = [f"{count:,} {reason}" for reason, count in reasons.items() if count]
+        if torn := sum(shard.torn is not None for shard in self.shards):
+            told.append(f"and what was lost in {torn:,} torn shards")
+        total = counts.samples + counts.rejected
+        return f"data.sources.{self.name}: of {total:,} samples {', '.join(told)}" if told else None
 
     def factors(self) -> np.ndarray:
         """How often each piece comes in an epoch, float [n]."""
@@ -146,8 +149,8 @@ class SourceTable:
         if limits.oversize == "error" and cut.any():
             sample = shard.sample(int(np.flatnonzero(cut)[0]))
             raise UserError(
-                f"{sample.where} has {sample.tokens} tokens and {sample.tiles} tiles, more than data.sequence_length "
-                f"{length} or data.max_tiles {limits.max_tiles}; raise them, or set data.oversize to drop or truncate"
+                f"{_size(sample)} is more than data.sequence_length {length} or data.max_tiles {limits.max_tiles}; "
+                "raise them, or set data.oversize to drop or truncate"
             )
         fits = (shard.least <= length) & (shard.tiles <= limits.max_tiles)
         truncated = cut & fits if limits.oversize == "truncate" else np.zeros_like(cut)
@@ -168,15 +171,24 @@ class SourceTable:
         for name, mask in masks.items():
             setattr(self.counts, name, getattr(self.counts, name) + int(mask.sum()))
 
-    def _empty(self) -> str:
+    def _empty(self, index: Index, limits: Limits) -> str:
+        """Why nothing is left, with the first sample that shows it."""
         counts = self.counts
         if counts.dropped:
-            why = f"all its samples are larger than data.sequence_length or data.max_tiles ({counts.dropped} dropped)"
-            return f"data.sources.{self.name} has no samples left: {why}; raise them"
-        if counts.rejected or counts.excluded:
-            why = f"{counts.rejected} were rejected by the index and {counts.excluded} are in quarantine"
-            return f"data.sources.{self.name} has no good samples: {why}; see 'nemo-bluelm data quarantine list'"
+            shard = next(shard for shard in self.shards if len(shard.tokens))
+            return (
+                f"data.sources.{self.name} has no samples left: all {counts.dropped} are larger than a pack, such as "
+                f"{_size(shard.sample(0))}; raise data.sequence_length {limits.sequence_length} or data.max_tiles "
+                f"{limits.max_tiles}"
+            )
+        for shard in self.shards:
+            if why := index.complaint(shard.name):
+                return f"data.sources.{self.name} has no good samples: {why}; mend the shards or name others"
         return f"data.sources.{self.name} has no samples: its shards are empty; remove it or name other shards"
+
+
+def _size(sample: Sample) -> str:
+    return f"{sample.where} with {sample.tokens} tokens and {sample.tiles} tiles"
 
 
 def _matching(index: Index, patterns: Sequence[str], name: str) -> list[str]:

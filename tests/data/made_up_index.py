@@ -12,7 +12,7 @@ class Shard:
     """Looks like a ShardIndex."""
 
     def __init__(self, name, tokens, tiles=None, least=None, text=None, tags=None, rejected=0):
-        self.name, self.rejected, self.digest = name, rejected, f"digest of {name}"
+        self.name, self.rejected, self.torn, self.digest = name, rejected, None, f"digest of {name}"
         self.tokens = np.asarray(tokens, np.int32)
         self.tiles = np.zeros_like(self.tokens) if tiles is None else np.asarray(tiles, np.int32)
         self.least = np.ones_like(self.tokens) if least is None else np.asarray(least, np.int32)
@@ -37,3 +37,6 @@ class Index(dict):
         self.excluded = {name: np.asarray(rows) for name, rows in (excluded or {}).items()}
         self.settings = {"geometry": "made up"}
         self.ledger = SimpleNamespace(append=lambda entry: None)
+
+    def complaint(self, shard):
+        return f"{shard}: sample 'k': broken" if self[shard].rejected else None

@@ -97,13 +97,6 @@ def test_pure_function_of_its_arguments():
     assert len({pieces(), *others}) == 5
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_that_take_packs_in_turn_see_one_order(ranks):
-    whole = list(islice(plan(), 40))
-    dealt = [list(islice(plan(), 40))[rank::ranks] for rank in range(ranks)]
-    assert [dealt[i % ranks][i // ranks] for i in range(40)] == whole
-
-
 def test_restored_at_any_point_it_goes_on_the_same():
     whole = list(islice(plan(), 400))
     for cut in random.Random(0).sample(range(400), 20):

@@ -16,7 +16,7 @@ def shards(corpus, tmp_path_factory):
     for file in corpus.iterdir():
         (root / file.name).symlink_to(file)
     good = (corpus / "digits-train-0000.tar").read_bytes()
-    (root / "cut.tar").write_bytes(good[: len(good) // 2])
+    (root / "cut.tar").write_bytes(good[:700])
     (root / "prose.tar").write_text("this is not a tar file\n" * 100)
     write_tar(root / "empty.tar", {})
     write_tar(root / "not_image.tar", {"a.json": question("0.png"), "a.0.png": b"<html>404 Not Found</html>"})
@@ -77,7 +77,10 @@ MISTAKES = {
     "shard that is cut": (["tiny/sft", f"{DIGITS}=[cut.tar]"], ["cut.tar"]),
     "shard that is no tar": (["tiny/sft", f"{DIGITS}=[prose.tar]"], ["prose.tar"]),
     "dataset that is empty": (["tiny/sft", f"{DIGITS}=[empty.tar]"], ["data.sources.digits", "no samples"]),
-    "image that is no image": (["tiny/sft", f"{DIGITS}=[not_image.tar]"], ["not_image.tar", "a.0.png"]),
+    "image that is no image": (
+        ["tiny/sft", f"{DIGITS}=[not_image.tar]"],
+        ["not_image.tar", "'a'", "0.png", "not an image"],
+    ),
     "image that is missing": (["tiny/sft", f"{DIGITS}=[lost_image.tar]"], ["lost_image.tar", "a.0.png"]),
     "sample that is no JSON": (["tiny/sft", f"{DIGITS}=[bad_json.tar]"], ["bad_json.tar", "'a'"]),
     "sample that is too long": (["tiny/sft", f"{DIGITS}=[long.tar]"], ["long.tar", "data.sequence_length"]),
