@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Sample:
 
 
 class ShardIndex:
-    """The samples of one shard, in its order; columns are loaded when they are first asked for.
+    """The samples of one shard, in its order; columns are read when they are asked for, and not kept.
 
     Attributes:
         name: the shard, as in :class:`Sample`.
@@ -100,27 +100,27 @@ class ShardIndex:
     def __len__(self) -> int:
         return self._samples
 
-    @cached_property
+    @property
     def tokens(self) -> np.ndarray:
         """int32 [n]."""
         return self._column("tokens")
 
-    @cached_property
+    @property
     def tiles(self) -> np.ndarray:
         """int32 [n]."""
         return self._column("tiles")
 
-    @cached_property
+    @property
     def least(self) -> np.ndarray:
         """int32 [n]."""
         return self._column("least")
 
-    @cached_property
+    @property
     def text(self) -> np.ndarray:
         """bool [n]."""
         return self._column("text")
 
-    @cached_property
+    @property
     def offsets(self) -> np.ndarray:
         """int64 [n], ascending."""
         return self._column("offset")

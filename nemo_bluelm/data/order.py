@@ -67,7 +67,7 @@ class SourceOrder:
         self._seed, self._name = seed, name
         self._groups = []
         for factor in np.unique(factors):
-            members = np.flatnonzero(factors == factor)
+            members = np.flatnonzero(factors == factor).astype(np.int32 if len(factors) < 2**31 else np.int64)
             whole = int(factor) * len(members)
             self._groups.append((members, whole, round((factor - int(factor)) * len(members))))
         self._starts = np.cumsum([0, *(whole + extra for _, whole, extra in self._groups)])
@@ -82,7 +82,7 @@ class SourceOrder:
         for group, (members, whole, extra) in enumerate(self._groups):
             mine = (slots >= self._starts[group]) & (slots < self._starts[group + 1])
             offsets = slots[mine] - self._starts[group]
-            drawn = members[offsets % len(members)]
+            drawn = members[offsets % len(members)].astype(np.int64)
             laps, places = np.divmod(offsets - whole + epoch * extra, len(members))  # counted over all epochs
             for lap in np.unique(laps[offsets >= whole]):
                 turn = (offsets >= whole) & (laps == lap)

@@ -127,7 +127,7 @@ class SourceTable:
                 raise UserError(f"data.sources.{self.name}.resample.{tag} is {factor}; it must be 0 or more")
         factors, start = [], 0
         for shard, size in zip(self.shards, self._sizes):
-            of_row = np.full(len(shard.tokens), -1.0)
+            of_row = np.full(len(shard), -1.0)
             for tag, factor in self.source.resample.items():
                 rows = shard.rows_with_tag(tag)
                 of_row[rows] = np.maximum(of_row[rows], factor)
@@ -141,31 +141,31 @@ class SourceTable:
 
     def _pieces(self, shard: ShardIndex, excluded: np.ndarray, limits: Limits) -> tuple[np.ndarray, ...]:
         """Row, first token, tokens and tiles of each piece of a shard, int32 each."""
-        length = limits.sequence_length
-        keep = np.ones(len(shard.tokens), bool)
+        length, tokens, tiles, text = limits.sequence_length, shard.tokens, shard.tiles, shard.text
+        keep = np.ones(len(shard), bool)
         keep[excluded] = False
-        large = (shard.tokens > length) | (shard.tiles > limits.max_tiles)
-        split, cut = keep & large & shard.text, keep & large & ~shard.text
+        large = (tokens > length) | (tiles > limits.max_tiles)
+        split, cut = keep & large & text, keep & large & ~text
         if limits.oversize == "error" and cut.any():
             sample = shard.sample(int(np.flatnonzero(cut)[0]))
             raise UserError(
                 f"{_size(sample)} is more than data.sequence_length {length} or data.max_tiles {limits.max_tiles}; "
                 "raise them, or set data.oversize to drop or truncate"
             )
-        fits = (shard.least <= length) & (shard.tiles <= limits.max_tiles)
+        fits = (shard.least <= length) & (tiles <= limits.max_tiles)
         truncated = cut & fits if limits.oversize == "truncate" else np.zeros_like(cut)
         dropped = cut & ~truncated
         self._count(shard, excluded=int((~keep).sum()), split=split, truncated=truncated, dropped=dropped)
 
         rows = np.flatnonzero(keep & ~dropped).astype(np.int32)
-        pieces = np.where(split[rows], -(-(shard.tokens[rows] - 1) // (length - 1)), 1)
+        pieces = np.where(split[rows], -(-(tokens[rows] - 1) // (length - 1)), 1)
         first = np.repeat(np.cumsum(pieces) - pieces, pieces)
         rows = np.repeat(rows, pieces)
         starts = ((np.arange(len(rows)) - first) * (length - 1)).astype(np.int32)
-        return rows, starts, np.minimum(shard.tokens[rows] - starts, length).astype(np.int32), shard.tiles[rows]
+        return rows, starts, np.minimum(tokens[rows] - starts, length).astype(np.int32), tiles[rows]
 
     def _count(self, shard: ShardIndex, excluded: int, **masks: np.ndarray) -> None:
-        self.counts.samples += len(shard.tokens)
+        self.counts.samples += len(shard)
         self.counts.rejected += shard.rejected
         self.counts.excluded += excluded
         for name, mask in masks.items():
@@ -175,7 +175,7 @@ class SourceTable:
         """Why nothing is left, with the first sample that shows it."""
         counts = self.counts
         if counts.dropped:
-            shard = next(shard for shard in self.shards if len(shard.tokens))
+            shard = next(shard for shard in self.shards if len(shard))
             return (
                 f"data.sources.{self.name} has no samples left: all {counts.dropped} are larger than a pack, such as "
                 f"{_size(shard.sample(0))}; raise data.sequence_length {limits.sequence_length} or data.max_tiles "

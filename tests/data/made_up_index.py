@@ -20,6 +20,9 @@ class Shard:
         self._tags = tags or {}
         self.tags = frozenset(self._tags)
 
+    def __len__(self):
+        return len(self.tokens)
+
     def rows_with_tag(self, tag):
         return np.asarray(self._tags.get(tag, []), np.int64)
 

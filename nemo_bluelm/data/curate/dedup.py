@@ -1,6 +1,7 @@
 """Exact and MinHash dedup by datatrove: signatures, matching over all tasks, removal by document number."""
 
 import hashlib
+from typing import TYPE_CHECKING
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.dedup import (
@@ -16,9 +17,11 @@ from datatrove.pipeline.dedup import (
 )
 from datatrove.utils.hashing import HashConfig
 
-from nemo_bluelm.data.curate import steps
 from nemo_bluelm.data.curate.documents import named
 from nemo_bluelm.data.curate.text_filters import WORDS
+
+if TYPE_CHECKING:
+    from nemo_bluelm.data.curate import steps
 
 # datatrove gives xxhash text, which versions of it from 4 on refuse.
 _HASH = HashConfig(hash_fc="sha1")
@@ -65,17 +68,17 @@ def remove_keys(folder: str, dropped):
     return UrlDedupFilter(f"{folder}/copies", _BY_KEY, dropped)
 
 
-def _config(step: steps.MinhashDedup) -> MinhashConfig:
+def _config(step: "steps.MinhashDedup") -> MinhashConfig:
     return MinhashConfig(
         n_grams=step.ngrams, num_buckets=step.buckets, hashes_per_bucket=step.hashes, hash_config=_HASH
     )
 
 
-def sign_minhash(step: steps.MinhashDedup, folder: str):
+def sign_minhash(step: "steps.MinhashDedup", folder: str):
     return named(MinhashDedupSignature(f"{folder}/signatures", _config(step), language=WORDS), "sign")
 
 
-def match_minhash(step: steps.MinhashDedup, folder: str) -> list[tuple[str, int, list]]:
+def match_minhash(step: "steps.MinhashDedup", folder: str) -> list[tuple[str, int, list]]:
     buckets = MinhashDedupBuckets(f"{folder}/signatures", f"{folder}/buckets", config=_config(step))
     cluster = MinhashDedupCluster(f"{folder}/buckets", f"{folder}/copies", config=_config(step))
     return [("match", step.buckets, [named(buckets, "match")]), ("cluster", 1, [named(cluster, "cluster")])]

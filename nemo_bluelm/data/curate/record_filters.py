@@ -1,19 +1,23 @@
 """Filters of conversations about images, and the tagger."""
 
 import re
+from typing import TYPE_CHECKING
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
-from nemo_bluelm.data.curate import steps, words
+from nemo_bluelm.data.curate import words
 from nemo_bluelm.data.curate.documents import replies
+
+if TYPE_CHECKING:
+    from nemo_bluelm.data.curate import steps
 
 
 class AnswerFilter(BaseFilter):
     """Plain text passes."""
 
-    def __init__(self, step: steps.Answer, dropped):
+    def __init__(self, step: "steps.Answer", dropped):
         super().__init__(dropped)
         self.step = step
         self.refused = re.compile("|".join(f"(?:{pattern})" for pattern in step.refuse) or r"(?!)", re.IGNORECASE)
@@ -34,7 +38,7 @@ class AnswerFilter(BaseFilter):
 
 
 class ImageSizeFilter(BaseFilter):
-    def __init__(self, step: steps.ImageSize, dropped):
+    def __init__(self, step: "steps.ImageSize", dropped):
         super().__init__(dropped)
         self.step = step
 
@@ -51,7 +55,7 @@ class ImageSizeFilter(BaseFilter):
 
 
 class ClickInsideFilter(BaseFilter):
-    def __init__(self, step: steps.ClickInside, dropped):
+    def __init__(self, step: "steps.ClickInside", dropped):
         super().__init__(dropped)
         self.step = step
         self.pattern = re.compile(step.pattern)
@@ -81,7 +85,7 @@ class Tagger(PipelineStep):
     type = "🏷️ - TAGGER"
     name = "tags"
 
-    def __init__(self, step: steps.Tags):
+    def __init__(self, step: "steps.Tags"):
         super().__init__()
         flags = re.IGNORECASE if step.ignore_case else 0
         self.min_matches = step.min_matches

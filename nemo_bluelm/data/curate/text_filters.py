@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from datatrove.data import Document
 from datatrove.pipeline.filters import C4QualityFilter, GopherQualityFilter, GopherRepetitionFilter
@@ -10,7 +11,10 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.filters.gopher_repetition_filter import find_all_duplicate
 from datatrove.utils.word_tokenizers import WORD_TOKENIZER_FACTORY, WordTokenizer
 
-from nemo_bluelm.data.curate import steps, words
+from nemo_bluelm.data.curate import words
+
+if TYPE_CHECKING:
+    from nemo_bluelm.data.curate import steps
 
 WORDS = "nemo_bluelm"  # the name of our tokenizer in datatrove, whose own ones need models or further packages
 
@@ -58,7 +62,7 @@ class PlainText(BaseFilter):
         return "text" not in doc.metadata["record"] or self.inner.filter(doc)
 
 
-def gopher_repetition(step: steps.GopherRepetition, dropped) -> BaseFilter:
+def gopher_repetition(step: "steps.GopherRepetition", dropped) -> BaseFilter:
     rules = GopherRepetitionFilter(
         dup_line_frac=step.max_duplicate_lines,
         dup_line_char_frac=step.max_duplicate_line_characters,
@@ -69,7 +73,7 @@ def gopher_repetition(step: steps.GopherRepetition, dropped) -> BaseFilter:
     return PlainText(rules, dropped)
 
 
-def gopher_quality(step: steps.GopherQuality, dropped) -> BaseFilter:
+def gopher_quality(step: "steps.GopherQuality", dropped) -> BaseFilter:
     common = dict(
         min_doc_words=step.min_words,
         max_doc_words=step.max_words,
@@ -86,7 +90,7 @@ def gopher_quality(step: steps.GopherQuality, dropped) -> BaseFilter:
     return PlainText(ByLanguage(chinese, GopherQualityFilter(**common), None), dropped)
 
 
-def c4_quality(step: steps.C4Quality, dropped) -> BaseFilter:
+def c4_quality(step: "steps.C4Quality", dropped) -> BaseFilter:
     common = dict(min_num_sentences=step.min_sentences, filter_curly_bracket=step.curly_brackets, language=WORDS)
     # datatrove knows no Chinese full stop, and counts words by spaces.
     chinese = C4QualityFilter(**common, filter_no_terminal_punct=False, min_words_per_line=-1)
@@ -97,7 +101,7 @@ def c4_quality(step: steps.C4Quality, dropped) -> BaseFilter:
 
 
 class LengthFilter(BaseFilter):
-    def __init__(self, step: steps.Length, dropped):
+    def __init__(self, step: "steps.Length", dropped):
         super().__init__(dropped)
         self.step = step
 
@@ -109,7 +113,7 @@ class LengthFilter(BaseFilter):
 
 
 class LanguageFilter(BaseFilter):
-    def __init__(self, step: steps.Language, dropped):
+    def __init__(self, step: "steps.Language", dropped):
         super().__init__(dropped)
         self.step = step
 
@@ -122,7 +126,7 @@ class LanguageFilter(BaseFilter):
 
 
 class CharactersFilter(BaseFilter):
-    def __init__(self, step: steps.Characters, dropped):
+    def __init__(self, step: "steps.Characters", dropped):
         super().__init__(dropped)
         self.step = step
 
@@ -139,7 +143,7 @@ class CharactersFilter(BaseFilter):
 
 
 class RepetitionFilter(BaseFilter):
-    def __init__(self, step: steps.Repetition, dropped):
+    def __init__(self, step: "steps.Repetition", dropped):
         super().__init__(dropped)
         self.step = step
         self.run_of_one = re.compile(r"(\S)\1{%d,}" % step.max_run)
