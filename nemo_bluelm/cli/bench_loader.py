@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print.
 
     Raises:
-        UserError: an unknown or missing backend, no CUDA device, no images, or a file that can't be written.
+        UserError: no backend, an unknown or missing one, no CUDA device, no images, or a file that can't be written.
     """
     from nemo_bluelm.bench.images import make_images, read_images
     from nemo_bluelm.bench.loader import bench_cpu, bench_gpu
@@ -36,9 +36,15 @@ def run(args: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(words, file=sys.stderr)
 
+    names = list(dict.fromkeys(name.strip() for name in args.backends.split(",") if name.strip()))
+    if not names:
+        raise UserError(f"--backends {args.backends!r} names none; give torch, pil, dali or several of them")
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise UserError(
+            f"--out {args.out}: the folder {Path(args.out).parent} does not exist; make it or choose another"
+        )
     images = read_images(args.folder, args.images) if args.folder else make_images(args.images)
     bench = bench_gpu if args.device == "gpu" else bench_cpu
-    names = list(dict.fromkeys(name.strip() for name in args.backends.split(",") if name.strip()))
     report = bench(names, images, args.rounds, args.threads, say)
     text = json.dumps(report, indent=2)
     if args.json:

@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
 def _number(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not the number of a pack, 0 or more")
+    if len(text) > 18:  # what islice counts to
+        raise argparse.ArgumentTypeError(f"{text:.40} is more than any run reads")
     return int(text)
 
 

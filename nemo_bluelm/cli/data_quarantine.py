@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import glob
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,18 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _action(actions, "list", text)
     text = "leave out, from now on, the samples that failed to read or decode in a run"
     _action(actions, "apply", text)
+    text = "take the samples that 'apply' left out back in: after their shard was mended, or to resume an older run"
+    _action(actions, "clear", text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """List or apply the ledger.
+    """List, apply or clear the ledger.
 
     Raises:
         UserError: not an index; its ledger can't be read or written.
     """
-    try:
-        return {"list": _list, "apply": _apply}[args.action](args)
-    except OSError as error:
-        raise UserError(f"the ledger of {args.index}: {error.strerror}; mend it, then try again") from error
+    return {"list": _list, "apply": _apply, "clear": _clear}[args.action](args)
 
 
 def _action(actions, name: str, text: str) -> None:
@@ -72,13 +72,26 @@ def _apply(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"index": str(args.index), "left_out": total, "new": total - before}))
     else:
-        samples = "sample" if total == 1 else "samples"
-        print(f"{total} {samples} will be left out from now on, {total - before} more than before.")
+        print(f"{_samples(total)} will be left out from now on, {total - before} more than before.")
         if total > before:
             print(
-                "Runs that started before refuse to resume with this index, since their data changed: start new ones."
+                "Runs that started before refuse to resume with this index, since their data changed. Start new ones, "
+                f"or take the samples back in: nemo-bluelm data quarantine clear {args.index}"
             )
     return 0
+
+
+def _clear(args: argparse.Namespace) -> int:
+    total = _ledger(args.index).clear()
+    if args.json:
+        print(json.dumps({"index": str(args.index), "taken_back": total}))
+    else:
+        print(f"{_samples(total)} will be taken back in from now on.")
+    return 0
+
+
+def _samples(count: int) -> str:
+    return f"{count} sample" if count == 1 else f"{count} samples"
 
 
 def _left_out(entry, excluded: set[tuple[str, int]]) -> bool:
@@ -90,6 +103,6 @@ def _ledger(folder: Path) -> "Ledger":
     from nemo_bluelm.data.indexing import LEDGER
     from nemo_bluelm.data.ledger import Ledger
 
-    if not folder.is_dir():
+    if not glob.glob("*.arrow", root_dir=folder):
         raise UserError(f"{folder} is not an index; give the folder that 'nemo-bluelm data index --out' or a run made")
     return Ledger(folder / LEDGER)

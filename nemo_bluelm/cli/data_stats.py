@@ -61,6 +61,8 @@ def _show_sources(console: "Console", stats: dict[str, Any]) -> None:
         table.add_row(name, *numbers, per_record, f"{source['epochs']:.2f}")
     console.print(table)
     console.print("per record: tokens of a record with images; epochs: drawn by the packs below\n", style="dim")
+    if notices := [source["unused"] for source in stats["sources"].values() if source["unused"]]:
+        console.print("\n".join(notices) + "\n")
 
 
 def _show_mixture(console: "Console", stats: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import uuid
 import warnings
 from pathlib import Path
 
+from nemo_bluelm.children import python_environment
 from nemo_bluelm.cli import worker
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.parent import bound_to_this_process
@@ -42,7 +43,7 @@ def launch(arguments: list[str], nproc: int) -> int:
     with tempfile.TemporaryDirectory(prefix="nemo-bluelm-") as folder:
         reports = Path(folder) / "reports"
         reports.mkdir()
-        marks = {**bound_to_this_process(), worker.REPORTS: str(reports)}
+        marks = {**bound_to_this_process(), **python_environment(), worker.REPORTS: str(reports)}
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -56,6 +57,7 @@ def launch(arguments: list[str], nproc: int) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder) / "logs")),
         )
         command = elastic_launch(config, entrypoint=sys.executable)
+        ours = os.environ.copy()
         os.environ.update(marks)  # for the ranks, which inherit it
         try:
             command("-u", "-m", "nemo_bluelm.cli.main", *arguments)
@@ -68,8 +70,8 @@ def launch(arguments: list[str], nproc: int) -> int:
             worker.print_error(f"ended by {signal.Signals(error.sigval).name}")
             return 128 + error.sigval
         finally:
-            for name in marks:
-                del os.environ[name]
+            os.environ.clear()
+            os.environ.update(ours)
     return 0
 
 

@@ -107,6 +107,8 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         if not (value >= least if included else value > least) or math.isinf(value):
             wanted = f"{least} or more" if included else f"greater than {least}"
             yield f"{key} is {value}; it must be {wanted}" + (" and finite" if isinstance(value, float) else "")
+    if recipe.data.max_bad_fraction > 1:
+        yield f"data.max_bad_fraction is {recipe.data.max_bad_fraction}; it must be at most 1"
     for key in ("optim.beta1", "optim.beta2"):
         if _get(recipe, key) >= 1:
             yield f"{key} is {_get(recipe, key)}; it must be below 1"
@@ -133,13 +135,13 @@ def _mixture(recipe: Recipe) -> Iterator[str]:
         key = f"data.sources.{name}"
         if not source.shards:
             yield f"{key}.shards is empty; it must list WebDataset tars, JSONL files or globs"
-        if not source.weight > 0 or math.isinf(source.weight):
+        if not 0 < source.weight < math.inf:
             yield f"{key}.weight is {source.weight}; it must be greater than 0, ~{key} leaves a source out"
         if source.max_epochs is not None and not 0 < source.max_epochs < math.inf:
             yield f"{key}.max_epochs is {source.max_epochs}; it must be greater than 0, or null for no limit"
         for tag, factor in source.resample.items():
             if not 0 <= factor < math.inf:
-                yield f"{key}.resample.{tag} is {factor}; it must be 0 or more and finite"
+                yield f"{key}.resample.{tag} is {factor}; it must be 0 or more"
     if data.decode.device == DecodeDevice.gpu and data.decode.backend != DecodeBackend.dali:
         yield (
             f"data.decode.device is gpu, but the backend {data.decode.backend.value} works on the CPU; "

@@ -1,5 +1,6 @@
 """Files by byte range, local or in any store that fsspec opens."""
 
+import errno
 import glob
 import hashlib
 import io
@@ -49,7 +50,13 @@ class Files:
         self._open = lru_cache(max_open)(_Descriptor)
 
     def absolute(self, path: str) -> str:
-        """The absolute path or URL of ``path``."""
+        """The absolute path or URL of ``path``.
+
+        Raises:
+            NotFound: a name with a NUL, which no file has.
+        """
+        if "\0" in path:
+            raise NotFound(f"{path!r} can't be read: no file has such a name")
         joined = join(self.root, path)
         return joined if is_remote(joined) else os.path.abspath(joined)
 
@@ -214,16 +221,22 @@ def _ask(url: str, question: Callable[[Any, str], Any]) -> Any:
             time.sleep(_BACKOFF * 2 ** (attempt - 1))
         try:
             return question(store, name)
-        except (FileNotFoundError, PermissionError) as error:
-            raise NotFound(f"{url} can't be read: {type(error).__name__}: {error}") from error
         except Exception as error:  # each store's package raises its own
+            if _is_final(error):
+                raise NotFound(f"{url} can't be read: {type(error).__name__}: {error}") from error
             last = error
     raise ReadError(f"{url} can't be read, tried {ATTEMPTS} times: {type(last).__name__}: {last}") from last
 
 
 def _error(path: str, error: OSError) -> ReadError:
-    final = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError))
-    return (NotFound if final else ReadError)(f"{path} can't be read: {error.strerror}")
+    return (NotFound if _is_final(error) else ReadError)(f"{path} can't be read: {error.strerror}")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether it is the name's fault and not the disk's or the store's."""
+    if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)):
+        return True
+    return isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class _Descriptor:

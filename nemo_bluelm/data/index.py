@@ -7,6 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +30,7 @@ from nemo_bluelm.geometry import Geometry
 Progress = Callable[[int, int, int], None]  # (shards done, shards in all, samples so far)
 
 _WORTH_A_WORKER = 32 << 20  # bytes of shards; a process takes half a second to start
+_SILENCE = 5  # seconds of waiting for another process before a word about it
 _OPEN = 256  # shards whose rows are mapped at a time
 
 
@@ -294,7 +297,8 @@ def _index(
 def _stem(absolute: str, settings: dict[str, Any]) -> str:
     """Names the files of a shard's rows: another place or other settings give another one."""
     base = absolute.rpartition("/")[2].split("?")[0].rpartition(".")[0]
-    return f"{base[:100]}-{hashlib.sha256(json.dumps([absolute, settings]).encode()).hexdigest()[:12]}"
+    short = os.fsencode(base)[:100].decode(errors="ignore")  # file systems count bytes
+    return f"{short}-{hashlib.sha256(json.dumps([absolute, settings]).encode()).hexdigest()[:12]}"
 
 
 @contextlib.contextmanager
@@ -308,8 +312,18 @@ def _locked(folder: Path) -> Iterator[None]:
                 raise
         else:
             stack.callback(os.close, fd)
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            _wait_for(fd, folder)
         yield
+
+
+def _wait_for(lock: int, folder: Path) -> None:
+    words = f"waiting for another process that writes to the index {folder}"
+    timer = threading.Timer(_SILENCE, lambda: print(words, file=sys.stderr, flush=True))
+    timer.start()
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    finally:
+        timer.cancel()
 
 
 class _Table:

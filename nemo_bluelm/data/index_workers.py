@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
+from nemo_bluelm.children import python_environment
 from nemo_bluelm.data.indexing import Facts, Indexer, Task
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.geometry import Geometry
-
-_PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def run(
@@ -65,12 +64,11 @@ class _Worker:
 
     def __init__(self, arguments: tuple):
         self._connection, theirs = Pipe()
-        path = os.pathsep.join(filter(None, [str(_PACKAGE), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, **python_environment()},
         )
         theirs.close()
         self._connection.send(arguments)

@@ -116,7 +116,6 @@ class Indexer:
         Raises:
             UserError: the index can't be written; nothing half-written stays.
         """
-        before = load_facts(self._folder, task.stem)
         rows = _Rows()
         with writing(self._folder), _partial(self._folder / f"{task.stem}.arrow") as partial:
             with open(partial, "wb") as file, pa.ipc.new_file(file, SCHEMA) as out:
@@ -124,8 +123,6 @@ class Indexer:
             facts = rows.facts(task, stat, torn, partial.stat().st_size)
             os.replace(partial, self._folder / facts.file)
             write_whole(sidecar(self._folder, task.stem), json.dumps(dataclasses.asdict(facts)).encode())
-        if before is not None and before.file != facts.file:
-            (self._folder / before.file).unlink(missing_ok=True)
         return facts
 
     def _scan(
@@ -225,7 +222,8 @@ class _Rows:
 
     def facts(self, task: Task, stat: Stat | None, torn: str | None, size: int) -> Facts:
         digest = self._hash.hexdigest()
-        file = f"{task.stem}-{digest[:8]}.arrow"  # a new name for new rows: who has the old ones open keeps them
+        # A new name for new rows. Nobody removes the old file: a job that began with it opens it time and again.
+        file = f"{task.stem}-{digest[:8]}.arrow"
         counts = (self._samples, self.rejected, self._images, self._tokens)
         return Facts(stat, file, size, *counts, torn, sorted(self._tags), digest)
 

@@ -1,5 +1,6 @@
-"""The quarantine ledger: one row for every bad sample, for ever, whoever meets it and however often."""
+"""The quarantine ledger: one row for every bad sample, whoever meets it and however often."""
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -7,9 +8,14 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+
+from nemo_bluelm.errors import UserError
+
+_APPLIED, _CLEARED = "applied", "cleared"  # marker rows: {"applied": samples, "time": ...}
 
 
 def _now() -> str:
@@ -41,13 +47,13 @@ class Entry:
 class Ledger:
     """An append-only JSONL file that threads, processes and runs share.
 
-    Rows are never changed. A row of stage ``read`` or ``decode`` takes its sample out of later runs only once
-    :meth:`apply` was called, because that changes what a run sees.
+    Rows are never changed, and damaged ones are no rows. A row of stage ``read`` or ``decode`` takes its sample out of
+    later runs only once :meth:`apply` was called, because that changes what a run sees; :meth:`clear` takes it back.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self._seen: set[tuple[str, int, str]] = set()
+        self._seen: dict[tuple[str, int, str], str] = {}  # identity -> stage
         self._read = 0  # bytes of the file that _seen covers
         self._warned = False
         self._lock = threading.Lock()
@@ -55,6 +61,7 @@ class Ledger:
     def append(self, entry: Entry) -> bool:
         """Add a row unless its (shard, offset, sha1) is there. Returns whether it was added.
 
+        What failed to read or decode before :meth:`clear` counts as not there: it may fail again.
         A ledger that can't be written is told once on stderr and must not stop the run that met the bad sample.
         """
         try:
@@ -72,31 +79,59 @@ class Ledger:
             return False
 
     def entries(self) -> list[Entry]:
-        """All rows, oldest first."""
-        return [Entry(**row) for row in self._rows() if "shard" in row]
-
-    def apply(self) -> int:
-        """Leave out, from now on, every sample that failed to read or decode so far. Returns how many those are.
+        """All rows, oldest first.
 
         Raises:
-            OSError: the ledger can't be written.
+            UserError: the ledger can't be read.
         """
-        with self._lock, _Appender(self.path) as file:
-            samples = _failed(self._rows())
-            file.append({"applied": len(samples), "time": _now()})
+        return [row for row in self._rows() if isinstance(row, Entry)]
+
+    def apply(self) -> int:
+        """Leave out, from now on, every sample that failed since the last :meth:`clear`. Returns how many those are.
+
+        Raises:
+            UserError: the ledger can't be read or written.
+        """
+        with self._lock, self._using(), _Appender(self.path) as file:
+            samples = _failed(_since_clear(self._rows()))
+            file.append({_APPLIED: len(samples), "time": _now()})
+        return len(samples)
+
+    def clear(self) -> int:
+        """Take all samples that are left out back in. Returns how many those are.
+
+        Raises:
+            UserError: as :meth:`apply`.
+        """
+        with self._lock, self._using(), _Appender(self.path) as file:
+            samples = _excluded(self._rows())
+            if samples:
+                file.append({_CLEARED: len(samples), "time": _now()})
         return len(samples)
 
     def excluded(self) -> set[tuple[str, int]]:
-        """(shard, offset) of the samples that the last :meth:`apply` left out."""
-        rows = self._rows()
-        last = max((at for at, row in enumerate(rows) if "applied" in row), default=0)
-        return _failed(rows[:last])
+        """(shard, offset) of the samples that :meth:`apply` left out and no :meth:`clear` took back.
 
-    def _rows(self) -> list[dict]:
+        Raises:
+            UserError: the ledger can't be read.
+        """
+        return _excluded(self._rows())
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
         try:
-            return _parse(self.path.read_bytes())
-        except FileNotFoundError:
-            return []
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the ledger {self.path} can't be used: {error.strerror}; mend it, or move it away to begin a new one"
+            ) from error
+
+    def _rows(self) -> "list[Entry | str]":
+        with self._using():
+            try:
+                return _parse(self.path.read_bytes())
+            except FileNotFoundError:
+                return []
 
     def _catch_up(self, file: "_Appender") -> None:
         """Learn the rows that others added."""
@@ -104,8 +139,10 @@ class Ledger:
             self._seen.clear()
             self._read = 0
         for row in _parse(file.read(self._read)):
-            if "shard" in row:
-                self._seen.add((row["shard"], row["offset"], row["sha1"]))
+            if isinstance(row, Entry):
+                self._seen[_identity(row)] = row.stage
+            elif row == _CLEARED:
+                self._seen = {identity: stage for identity, stage in self._seen.items() if stage == "index"}
         self._read = file.size
 
 
@@ -154,18 +191,37 @@ def _identity(entry: Entry) -> tuple[str, int, str]:
     return entry.shard, entry.offset, entry.sha1
 
 
-def _failed(rows: list[dict]) -> set[tuple[str, int]]:
-    return {(row["shard"], row["offset"]) for row in rows if row.get("stage") in ("read", "decode")}
+def _excluded(rows: list[Entry | str]) -> set[tuple[str, int]]:
+    rows = _since_clear(rows)
+    last = max((at for at, row in enumerate(rows) if row == _APPLIED), default=0)
+    return _failed(rows[:last])
 
 
-def _parse(data: bytes) -> list[dict]:
-    """The whole lines; a line that was cut when a process was killed is no row."""
-    rows = []
-    for line in data.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+def _since_clear(rows: list[Entry | str]) -> list[Entry | str]:
+    return rows[max((at for at, row in enumerate(rows) if row == _CLEARED), default=0) :]
+
+
+def _failed(rows: list[Entry | str]) -> set[tuple[str, int]]:
+    return {(row.shard, row.offset) for row in rows if isinstance(row, Entry) and row.stage in ("read", "decode")}
+
+
+def _parse(data: bytes) -> list[Entry | str]:
+    """Entries and names of markers; a line that was cut when a process was killed, or that isn't ours, is no row."""
+    return [row for row in map(_row, data.splitlines()) if row is not None]
+
+
+def _row(line: bytes) -> Entry | str | None:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    for marker in (_APPLIED, _CLEARED):
+        if fields.keys() == {marker, "time"}:
+            return marker
+    types = {name: type(value) for name, value in fields.items()}
+    return Entry(**fields) if types == _TYPES and 0 <= fields["offset"] < 1 << 63 else None
+
+
+_TYPES = {field.name: field.type for field in dataclasses.fields(Entry)}

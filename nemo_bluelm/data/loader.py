@@ -3,7 +3,7 @@
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -112,34 +112,6 @@ class PackLoader:
         side = self.geometry.tile
         whole = torch.cat(kept) if kept else torch.empty(0, 3, side, side, dtype=torch.uint8)
         return LoadedPack(pack.number, self._collate(texts, whole), tuple(marked))
-
-    def load_text(self, pack: Pack, holes: Collection[int]) -> LoadedPack:
-        """The pack as ``load`` gives it on the rank that decodes, but with ``tiles`` of the right shape on "meta".
-
-        Args:
-            holes: places of the documents that the decoding rank could not use.
-
-        Raises:
-            UserError: this process can't read what the decoding rank could.
-        """
-        documents, texts, tiles = [], [], 0
-        for place, document in enumerate(map(self._locate, pack.pieces)):
-            if place in holes:
-                documents.append(document._replace(bad="could not be used by the rank that decodes it"))
-                texts.append(self._hole(document))
-                continue
-            try:
-                texts.append(self._encode(document))
-            except _Fault as fault:
-                raise UserError(
-                    f"{document.sample.where}: {fault.reason}; another process of the job could read it, "
-                    "so check this node's file system"
-                ) from fault
-            documents.append(document)
-            tiles += document.sample.tiles
-        side = self.geometry.tile
-        shape = torch.empty(tiles, 3, side, side, dtype=torch.uint8, device="meta")
-        return LoadedPack(pack.number, self._collate(texts, shape), tuple(documents))
 
     def _locate(self, piece) -> Document:
         sample, start, length = self.plan.locate(piece)

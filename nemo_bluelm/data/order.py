@@ -67,9 +67,13 @@ class SourceOrder:
         self._seed, self._name = seed, name
         self._groups = []
         for factor in np.unique(factors):
-            members = np.flatnonzero(factors == factor).astype(np.int32 if len(factors) < 2**31 else np.int64)
+            members = np.flatnonzero(factors == factor)
+            if len(members) == len(factors):
+                members = range(len(factors))  # the usual case, for which no array need be kept
             whole = int(factor) * len(members)
-            self._groups.append((members, whole, round((factor - int(factor)) * len(members))))
+            extra = round((factor - int(factor)) * len(members))
+            # However few they are, samples that shall come at all come some day.
+            self._groups.append((members, whole, extra or int(factor > 0 and not whole)))
         self._starts = np.cumsum([0, *(whole + extra for _, whole, extra in self._groups)])
         self.epoch_length = int(self._starts[-1])
 
@@ -82,11 +86,15 @@ class SourceOrder:
         for group, (members, whole, extra) in enumerate(self._groups):
             mine = (slots >= self._starts[group]) & (slots < self._starts[group + 1])
             offsets = slots[mine] - self._starts[group]
-            drawn = members[offsets % len(members)].astype(np.int64)
+            drawn = _take(members, offsets % len(members))
             laps, places = np.divmod(offsets - whole + epoch * extra, len(members))  # counted over all epochs
             for lap in np.unique(laps[offsets >= whole]):
                 turn = (offsets >= whole) & (laps == lap)
                 order = _permutation(len(members), self._seed, self._name, "extra", group, int(lap))
-                drawn[turn] = members[order(places[turn])]
+                drawn[turn] = _take(members, order(places[turn]))
             samples[mine] = drawn
         return samples
+
+
+def _take(members: np.ndarray | range, places: np.ndarray) -> np.ndarray:
+    return places if isinstance(members, range) else members[places]

@@ -1,12 +1,25 @@
 """Packs: documents laid end to end in one row of fixed length."""
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from nemo_bluelm.data.chat import Encoded
+
+# Fields of a pack as they travel between ranks; token ids fit into 32 bits.
+_WIRE = {
+    "tokens": np.int32,
+    "labels": np.int32,
+    "loss_mask": np.uint8,
+    "position_ids": np.int32,
+    "cu_seqlens": np.int32,
+    "cu_seqlens_padded": np.int32,
+}
+_FIELDS = {**_WIRE, "tokens": np.int64, "labels": np.int64, "loss_mask": np.float32, "position_ids": np.int64}
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,21 @@ class PackedBatch:
     def num_tokens(self) -> int:
         """Targets in the row."""
         return int(self.loss_mask.sum())
+
+    def text_to_bytes(self) -> bytes:
+        """All but the pixels, compressed: what a rank needs that decodes none."""
+        whole = {name: getattr(self, name).numpy().astype(dtype) for name, dtype in _WIRE.items()}
+        file = io.BytesIO()
+        np.savez_compressed(file, **whole, max_seqlen=self.max_seqlen, tiles=self.tiles.shape)
+        return file.getvalue()
+
+    @classmethod
+    def text_from_bytes(cls, data: bytes) -> "PackedBatch":
+        """The pack of :meth:`text_to_bytes`; its ``tiles`` have their shape, but lie on the "meta" device."""
+        with np.load(io.BytesIO(data)) as whole:
+            text = {name: torch.from_numpy(whole[name].astype(_FIELDS[name])) for name in _WIRE}
+            tiles = torch.empty(*whole["tiles"].tolist(), dtype=torch.uint8, device="meta")
+            return cls(**text, max_seqlen=int(whole["max_seqlen"]), tiles=tiles)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same pack with every tensor on ``device``."""

@@ -93,10 +93,7 @@ class MixturePlan:
         if not sources:
             raise UserError("data.sources is empty; name at least one source with its shards")
         for name, source in sources.items():
-            if not 0 < source.weight < math.inf:
-                raise UserError(f"data.sources.{name}.weight is {source.weight}; make it positive or remove the source")
-            if source.max_epochs is not None and not 0 < source.max_epochs < math.inf:
-                raise UserError(f"data.sources.{name}.max_epochs is {source.max_epochs}; it must be above 0, or null")
+            source.check(name)
         self.tables = [SourceTable(name, sources[name], index, limits) for name in sorted(sources)]
         self.index = index
         self.sequence_length, self.max_tiles, self.alignment = sequence_length, max_tiles, alignment
@@ -192,7 +189,7 @@ class _Queue:
         self.table, self.weight = table, table.source.weight
         self.order = SourceOrder(seed, table.name, table.factors())
         epochs = table.source.max_epochs
-        self._end = math.inf if epochs is None else max(1, int(epochs * self.order.epoch_length))
+        self._end = math.inf if epochs is None else max(1, math.floor(epochs * self.order.epoch_length))
         self.restore({"next": 0, "tokens": 0, "waiting": []})
 
     @property
@@ -275,5 +272,6 @@ def _identity(index: Index, tables: list[SourceTable], seed: int, limits: Limits
             f"{key}.max_epochs": source.max_epochs,
             f"{key}.resample": dict(sorted(source.resample.items())),
             f"content of {key}.shards": table.digest,
+            f"quarantine of {key}": table.quarantine,
         }
     return identity

@@ -12,7 +12,8 @@ from nemo_bluelm.data.jsonl import scan_jsonl
 __all__ = ["Files", "Group", "Member", "ReadError", "Torn", "expand", "is_tar", "join", "scan"]
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
-_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError)  # what tarfile makes of damaged headers
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError)  # of damaged headers
+_MAX_EXTENSION = 1 << 20  # bytes of a long name or a pax header, which are read whole
 
 
 def is_tar(path: str) -> bool:
@@ -52,7 +53,7 @@ def _scan_tar(file: BinaryIO, path: str) -> Iterator[Group]:
 
 def _groups(file: BinaryIO) -> Iterator[Group]:
     group: Group | None = None
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
         while (info := _next(tar, group)) is not None:
             if not info.isreg():
                 continue
@@ -78,6 +79,23 @@ def _groups(file: BinaryIO) -> Iterator[Group]:
     while rest := file.read(1 << 20):
         if rest.strip(b"\0"):
             raise _Cut(end, "more data follows the end-of-archive mark")
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose extension fits into memory."""
+
+    _EXTENSIONS = (
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+    )
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in self._EXTENSIONS and self.size > _MAX_EXTENSION:
+            raise tarfile.SubsequentHeaderError(f"a header with an extension of {self.size:,} bytes")
+        return super()._proc_member(tar)
 
 
 def _next(tar: tarfile.TarFile, group: Group | None) -> tarfile.TarInfo | None:

@@ -11,6 +11,9 @@ from nemo_bluelm.data.index import Index, Sample, ShardIndex
 from nemo_bluelm.errors import UserError
 
 OVERSIZE = ("drop", "truncate", "error")
+LARGEST_WEIGHT = 1e9
+MOST_EPOCHS = 1e6
+LARGEST_FACTOR = 1e3
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,25 @@ class Source:
     weight: float = 1.0
     max_epochs: float | None = None
     resample: Mapping[str, float] = field(default_factory=dict)
+
+    def check(self, name: str) -> None:
+        """
+        Raises:
+            UserError: a number that can't be; ``name`` is the source's.
+        """
+        key = f"data.sources.{name}"
+        if not 0 < self.weight <= LARGEST_WEIGHT or self.weight < 1 / LARGEST_WEIGHT:
+            raise UserError(
+                f"{key}.weight is {self.weight}; it must be greater than 0, from {1 / LARGEST_WEIGHT:g} to "
+                f"{LARGEST_WEIGHT:g}; leave a source out to have none of it"
+            )
+        if self.max_epochs is not None and not 0 < self.max_epochs <= MOST_EPOCHS:
+            raise UserError(
+                f"{key}.max_epochs is {self.max_epochs}; it must be greater than 0 and at most {MOST_EPOCHS:g}, or null"
+            )
+        for tag, factor in self.resample.items():
+            if not 0 <= factor <= LARGEST_FACTOR:
+                raise UserError(f"{key}.resample.{tag} is {factor}; it must be from 0 to {LARGEST_FACTOR:g}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,8 @@ class SourceTable:
         tiles: int32 [n].
         shards: the indexed shards it was made of.
         counts: what became of the samples.
-        digest: SHA-256 (hex) of the rows that the pieces were made of, and of what was left out.
+        digest: SHA-256 (hex) of the rows of its shards.
+        quarantine: which of them were left out, in a few words.
     """
 
     def __init__(self, name: str, source: Source, index: Index, limits: Limits):
@@ -84,8 +107,9 @@ class SourceTable:
         self.name, self.source, self.counts = name, source, Counts()
         self.shards = [index[shard] for shard in _matching(index, source.shards, name)]
         excluded = [index.excluded.get(shard.name, np.empty(0, np.int64)) for shard in self.shards]
-        content = [[shard.digest, sorted(rows.tolist())] for shard, rows in zip(self.shards, excluded)]
-        self.digest = hashlib.sha256(repr(content).encode()).hexdigest()
+        self.digest = _hash([shard.digest for shard in self.shards])
+        left_out = {shard.name: rows.tolist() for shard, rows in zip(self.shards, excluded) if len(rows)}
+        self.quarantine = f"{sum(map(len, left_out.values()))} samples ({_hash(left_out)[:8]})" if left_out else "none"
         parts = [self._pieces(shard, rows, limits) for shard, rows in zip(self.shards, excluded)]
         rows, starts, tokens, tiles = (np.concatenate(columns) for columns in zip(*parts))
         if not len(rows):
@@ -119,12 +143,10 @@ class SourceTable:
         if not self.source.resample:
             return np.ones(len(self.tokens))
         known = frozenset().union(*(shard.tags for shard in self.shards))
-        for tag, factor in self.source.resample.items():
+        for tag in self.source.resample:
             if tag not in known:
                 found = f"the tags are {', '.join(sorted(known)[:20])}" if known else "they have no tags"
                 raise UserError(f"data.sources.{self.name}.resample.{tag}: no sample has this tag; {found}")
-            if not 0 <= factor < np.inf:
-                raise UserError(f"data.sources.{self.name}.resample.{tag} is {factor}; it must be 0 or more")
         factors, start = [], 0
         for shard, size in zip(self.shards, self._sizes):
             of_row = np.full(len(shard), -1.0)
@@ -185,6 +207,10 @@ class SourceTable:
             if why := index.complaint(shard.name):
                 return f"data.sources.{self.name} has no good samples: {why}; mend the shards or name others"
         return f"data.sources.{self.name} has no samples: its shards are empty; remove it or name other shards"
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def _size(sample: Sample) -> str:

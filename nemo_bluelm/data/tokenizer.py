@@ -85,8 +85,8 @@ class Tokenizer:
     think: int
     think_end: int
 
-    def __init__(self, bpe: tokenizers.Tokenizer, path: str, digest: str):
-        """Use :meth:`load`."""
+    def __init__(self, bpe: tokenizers.Tokenizer, path: str, content: bytes):
+        """Use :meth:`load`; ``content`` is that of the file."""
         missing = [token for token in SPECIAL_TOKENS if bpe.token_to_id(token) is None]
         if missing:
             raise UserError(f"{path} lacks the special tokens {' '.join(missing)}; add them or train a new tokenizer")
@@ -96,7 +96,8 @@ class Tokenizer:
             raise UserError(f'{path} holds {" ".join(plain)} as ordinary tokens; mark them "special": true')
         # Not stored in tokenizer.json: it must be set after every load.
         bpe.encode_special_tokens = True
-        self._bpe, self.path, self.digest = bpe, path, digest
+        self._bpe, self.path, self.content = bpe, path, content
+        self.digest = hashlib.sha256(content).hexdigest()
         for attribute, token in _NAMES.items():
             setattr(self, attribute, bpe.token_to_id(token))
 
@@ -120,7 +121,7 @@ class Tokenizer:
             raise UserError(f"{path} is not a tokenizer.json: {error}") from error
         bpe.no_truncation()  # a file may carry both settings, which would cut and pad documents without a word
         bpe.no_padding()
-        return cls(bpe, path, hashlib.sha256(content).hexdigest())
+        return cls(bpe, path, content)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; no special token is added or recognised. Raises UserError for what isn't Unicode."""

@@ -88,6 +88,8 @@ def _of_index(table: SourceTable) -> dict[str, Any]:
         "split": counts.split,
         "truncated": counts.truncated,
         "dropped": counts.dropped,
+        "torn_shards": sum(shard.torn is not None for shard in shards),
+        "unused": table.unused(),
         "images": sum(shard.num_images for shard in shards),
         "tokens": sum(shard.num_tokens for shard in shards),
         "tiles": sum(int(shard.tiles.sum(dtype=np.int64)) for shard in shards),

@@ -12,15 +12,15 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins.data_sampler import DataSampler
 from torch.utils.data import DataLoader, IterableDataset
 
-from nemo_bluelm.data.loader import LoadedPack, PackLoader, prefetch
+from nemo_bluelm.data.loader import PackLoader, prefetch
 from nemo_bluelm.data.packs import PackedBatch
 from nemo_bluelm.data.plan import Pack
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.runtime.sharing import Holes, decodes
+from nemo_bluelm.runtime.sharing import Texts, loads
 
 
 class RankPacks(IterableDataset):
-    """The packs of one data-parallel rank, loaded ahead, without end.
+    """The packs of one data-parallel rank, loaded ahead, to the last whole step that the sources give.
 
     Every rank plans all packs, since planning is cheap, and loads its own: those of an optimizer step are dealt to the
     data-parallel ranks in turn, so a global batch holds the same packs in any layout.
@@ -29,55 +29,73 @@ class RankPacks(IterableDataset):
         loader: its plan stands at the first pack of the next step.
         global_batch_size: packs in an optimizer step, over all ranks.
         threads, ahead: as :func:`nemo_bluelm.data.loader.prefetch`.
+        at_end: called with the packs of all whole steps, once it is known that there are no more, which is before the
+            last of them is delivered.
     """
 
-    def __init__(self, loader: PackLoader, global_batch_size: int, threads: int, ahead: int):
+    def __init__(
+        self, loader: PackLoader, global_batch_size: int, threads: int, ahead: int, at_end: Callable[[int], None]
+    ):
         self._loader, self._global_batch_size = loader, global_batch_size
-        self._threads, self._ahead = threads, ahead
+        self._threads, self._ahead, self._at_end = threads, ahead, at_end
         self._states = {loader.plan.number: loader.plan.state()}
 
     def state(self, position: int) -> dict[str, Any]:
         """The plan's state when ``position`` packs, a whole number of steps, have been trained on.
 
-        What is loaded ahead doesn't count. States before ``position`` are forgotten.
+        What is loaded ahead doesn't count.
         """
-        self._states = {number: state for number, state in self._states.items() if number >= position}
         return self._states[position]
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """
         Raises:
-            UserError: the sources end before the training does; too many bad samples.
+            UserError: the sources don't give one whole step; too many bad samples.
         """
-        for pack in prefetch(self._mine(), self._load(), self._threads, self._ahead):
-            yield pack.batch
-        raise UserError(
-            f"the data ends after {self._loader.plan.number // self._global_batch_size} steps: every source has been "
-            "gone through data.sources.NAME.max_epochs times; raise it, or lower train.steps"
-        )
+        batches = prefetch(self._mine(), self._load(), self._threads, self._ahead)
+        for number, batch in batches:
+            # Training may still be in the step before the one whose packs it takes.
+            past = number - 2 * self._global_batch_size
+            self._states = {position: state for position, state in self._states.items() if position >= past}
+            yield batch
 
     def _mine(self) -> Iterator[Pack]:
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        plan = self._loader.plan
-        while len(step := list(islice(plan, self._global_batch_size))) == self._global_batch_size:
-            self._states[plan.number] = plan.state()
+        plan, size = self._loader.plan, self._global_batch_size
+        first, step = plan.number, list(islice(plan, size))
+        if len(step) < size:
+            raise UserError(
+                f"the data gives no further step of train.global_batch_size {size} packs: every source has been gone "
+                "through data.sources.NAME.max_epochs times; raise it in a new run_dir"
+            )
+        while len(step) == size:
+            position = first + size
+            self._states[position] = plan.state()
+            following = list(islice(plan, size))
+            if len(following) < size:
+                self._at_end(position)
             yield from step[rank::ranks]
+            first, step = position, following
 
-    def _load(self) -> Callable[[Pack], LoadedPack]:
-        """How this rank loads a pack: with pixels, or as told by the rank of its model copy that has them."""
+    def _load(self) -> Callable[[Pack], tuple[int, PackedBatch]]:
+        """How this rank gets a pack and its number: it reads it, or is told by the rank of its model copy that does."""
         loader = self._loader
         model_ranks = torch.distributed.get_world_size() // parallel_state.get_data_parallel_world_size()
         if model_ranks == 1:
-            return loader.load
+            return lambda pack: (pack.number, loader.load(pack).batch)
         # Ranks of a model copy meet at every optimizer step; beyond that only what is loaded ahead lies between them.
-        holes = Holes.of_this_job(keep=2 * self._global_batch_size + self._ahead + self._threads)
-        if not decodes():
-            return lambda pack: loader.load_text(pack, holes.wait(pack.number))
+        texts = Texts.of_this_job(keep=2 * self._global_batch_size + self._ahead + self._threads)
+        if not loads():
+            return lambda pack: (pack.number, PackedBatch.text_from_bytes(texts.wait(pack.number)))
 
-        def load_and_tell(pack: Pack) -> LoadedPack:
-            loaded = loader.load(pack)
-            holes.tell(pack.number, loaded.holes)
-            return loaded
+        def load_and_tell(pack: Pack) -> tuple[int, PackedBatch]:
+            try:
+                batch = loader.load(pack).batch
+            except BaseException:
+                texts.fail()
+                raise
+            texts.tell(pack.number, batch.text_to_bytes())
+            return pack.number, batch
 
         return load_and_tell
 
@@ -142,5 +160,10 @@ class PackDataModule(L.LightningDataModule):
         self.loader.plan.restore(state)
 
     def train_dataloader(self) -> DataLoader:
-        self._packs = RankPacks(self.loader, self.data_sampler.global_batch_size, *self._prefetch)
+        self._packs = RankPacks(self.loader, self.data_sampler.global_batch_size, *self._prefetch, self._end_at)
         return DataLoader(self._packs, batch_size=None, num_workers=0)
+
+    def _end_at(self, packs: int) -> None:
+        """Training ends with the data, as it does with its last step: with a checkpoint."""
+        loop = self.trainer.fit_loop.epoch_loop
+        loop.max_steps = min(loop.max_steps, packs // self.data_sampler.global_batch_size)

@@ -1,12 +1,12 @@
-"""One decode for all ranks of a model copy: tiles go to its tensor and context ranks, bad samples to every rank.
+"""One loader for all ranks of a model copy: it sends tiles to its tensor and context ranks, the text to every rank.
 
-Pixels are decoded by the first tensor and context rank of the first pipeline stage. Its peers of that stage get the
-tiles by a broadcast on the device when a step uses them. That a sample turned out bad changes the loss mask, so the
-other ranks must know it too; they are told through the job's key-value store when the pack is loaded. No collective
-does it, because pipeline stages ask for a micro-batch at different times and would wait for each other for ever.
+Samples are read by the first tensor and context rank of the first pipeline stage. Its peers of that stage get the tiles
+by a broadcast on the device when a step uses them. Everything else of a pack goes to the other ranks through the job's
+key-value store when the pack is loaded: what a sample turned out to be, good or bad, is then the same on all of them.
+No collective does it, because pipeline stages ask for a micro-batch at different times and would wait for each other
+for ever.
 """
 
-import json
 import time
 from collections import deque
 
@@ -18,10 +18,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1  # seconds between two looks into the store
 _GIVE_UP = 1800.0  # seconds, as long as a collective waits
+_FAILED = "failed"
 
 
-def decodes() -> bool:
-    """Whether this rank reads the pixels of its model copy's packs."""
+def loads() -> bool:
+    """Whether this rank loads the packs of its model copy."""
     first_stage = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
     return first_stage and parallel_state.get_tensor_and_context_parallel_rank() == 0
 
@@ -30,7 +31,7 @@ def share_tiles(tiles: Tensor, device: torch.device) -> Tensor:
     """The tiles on this rank's device, on every tensor and context rank of the first pipeline stage.
 
     Args:
-        tiles: uint8 [n, 3, T, T]; a "meta" tensor on the ranks that don't decode.
+        tiles: uint8 [n, 3, T, T]; a "meta" tensor on the ranks that don't load.
     """
     tiles = torch.empty_like(tiles, device=device) if tiles.is_meta else tiles.to(device)
     if len(tiles) and parallel_state.get_tensor_and_context_parallel_world_size() > 1:
@@ -39,8 +40,8 @@ def share_tiles(tiles: Tensor, device: torch.device) -> Tensor:
     return tiles
 
 
-class Holes:
-    """Which documents of each pack are holes, from the rank that decodes to the others of its model copy."""
+class Texts:
+    """The packs without their pixels, from the rank that loads them to the others of its model copy."""
 
     def __init__(self, store: Store, keep: int):
         """``keep``: packs that remain in the store; at least as many as the ranks of a model copy can be apart."""
@@ -48,27 +49,31 @@ class Holes:
         self._told: deque[int] = deque()
 
     @classmethod
-    def of_this_job(cls, keep: int) -> "Holes":
+    def of_this_job(cls, keep: int) -> "Texts":
         """Packs have numbers that are unique in the job, so the model copies need no names."""
-        return cls(PrefixStore("nemo_bluelm/holes", _get_default_store()), keep)
+        return cls(PrefixStore("nemo_bluelm/packs", _get_default_store()), keep)
 
-    def tell(self, pack: int, holes: list[int]) -> None:
+    def tell(self, pack: int, text: bytes) -> None:
         """Safe to call from several threads."""
-        self._store.set(str(pack), json.dumps(holes))
+        self._store.set(str(pack), text)
         self._told.append(pack)
         if len(self._told) > self._keep:
             self._store.delete_key(str(self._told.popleft()))
 
-    def wait(self, pack: int) -> list[int]:
+    def fail(self) -> None:
+        """Nothing more will be told: whoever waits shall not wait for ever."""
+        self._store.set(_FAILED, "")
+
+    def wait(self, pack: int) -> bytes:
         """
         Raises:
-            TimeoutError: the decoding rank has not loaded the pack in half an hour.
+            RuntimeError: a rank that loads packs has failed, or told nothing of this one in half an hour.
         """
         # Store.get holds the store's lock while it waits, and would stop whatever else in the process needs the store.
         key, pause, end = str(pack), _FIRST_PAUSE, time.monotonic() + _GIVE_UP
         while not self._store.check([key]):
-            if time.monotonic() > end:
-                raise TimeoutError(f"pack {pack} was not loaded by the rank that decodes it")
+            if self._store.check([_FAILED]) or time.monotonic() > end:
+                raise RuntimeError(f"pack {pack} was not loaded by the rank that reads it")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        return json.loads(self._store.get(key))
+        return self._store.get(key)

@@ -54,8 +54,11 @@ def check_resume(recipe: Recipe, checkpoint: Path) -> None:
         )
 
 
-def check_init(recipe: Recipe, checkpoint: Path) -> None:
+def check_init(recipe: Recipe, checkpoint: Path, tokenizer: bytes) -> None:
     """Refuse weights of another shape, or weights whose token ids mean other tokens.
+
+    Args:
+        tokenizer: content of the run's tokenizer file.
 
     Raises:
         UserError: naming the key and both values.
@@ -63,11 +66,10 @@ def check_init(recipe: Recipe, checkpoint: Path) -> None:
     key, now, then = _first_difference(recipe, checkpoint, WEIGHT_SHAPES, NO_SHAPE)
     if key:
         raise UserError(f"{key} is {now}, but init_from {recipe.init_from} was trained with {then}; make them equal")
-    tokenizer = Path(recipe.data.root) / recipe.data.tokenizer
-    if tokenizer.read_bytes() != (checkpoint / TOKENIZER_FILE).read_bytes():
+    if tokenizer != (checkpoint / TOKENIZER_FILE).read_bytes():
         raise UserError(
-            f"data.tokenizer {tokenizer} is not the tokenizer that init_from {recipe.init_from} was trained with; "
-            f"use {checkpoint / TOKENIZER_FILE}"
+            f"data.tokenizer {recipe.data.tokenizer} in data.root is not the tokenizer that init_from "
+            f"{recipe.init_from} was trained with; use {checkpoint / TOKENIZER_FILE}"
         )
 
 

@@ -54,13 +54,13 @@ def train(recipe: Recipe) -> int:
 
         torch.cuda.set_device(launch.local_rank)  # the decode backend takes the current one
     loader = open_data(recipe)
+    if init_from is not None:
+        check_init(recipe, init_from, loader.tokenizer.content)
+    recipe_yaml = to_yaml(recipe).encode()
+    lock = _open_run_dir(run_dir, recipe_yaml) if rank == 0 else None
     for table in loader.plan.tables if rank == 0 else ():
         if notice := table.unused():
             print(f"{recipe.name}  {notice}", file=sys.stderr)
-    if init_from is not None:
-        check_init(recipe, init_from)
-    recipe_yaml = to_yaml(recipe).encode()
-    lock = _open_run_dir(run_dir, recipe_yaml) if rank == 0 else None
 
     prepare()
     from nemo_bluelm.runtime.checkpoints import Checkpoints
@@ -68,13 +68,12 @@ def train(recipe: Recipe) -> int:
     from nemo_bluelm.train.interrupt import StopOnSignal
     from nemo_bluelm.train.metrics import Metrics
 
-    tokenizer = (Path(recipe.data.root) / recipe.data.tokenizer).read_bytes()
-    files = {RECIPE_FILE: recipe_yaml, TOKENIZER_FILE: tokenizer}
+    files = {RECIPE_FILE: recipe_yaml, TOKENIZER_FILE: loader.tokenizer.content}
     checkpoints = Checkpoints(run_dir, files, recipe.train.save_every, recipe.train.keep_checkpoints)
     stop = StopOnSignal(checkpoints)
     metrics = Metrics(run_dir, recipe.name, recipe.train.steps, recipe.train.log_every)
     with writing(run_dir), diverging(run_dir):
-        fit(recipe, loader, [metrics, checkpoints, stop], init_from, resume_from)
+        steps = fit(recipe, loader, [metrics, checkpoints, stop], init_from, resume_from)
     if lock is not None:
         lock.close()
     if stop.received:
@@ -84,10 +83,16 @@ def train(recipe: Recipe) -> int:
                 f"{recipe.name} was stopped by {name} and saved; the same command goes on from there", file=sys.stderr
             )
         return 128 + stop.received
+    if steps < recipe.train.steps:
+        raise UserError(
+            f"the data ends after {steps} of {recipe.train.steps} steps, which are saved in {run_dir}: every source "
+            "has been gone through data.sources.NAME.max_epochs times; raise it in a new run_dir, or set "
+            f"train.steps={steps}"
+        )
     return 0
 
 
-def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=None) -> None:
+def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=None) -> int:
     """Build model, optimizer and trainer for a recipe and train; ``prepare`` must have been called.
 
     Args:
@@ -95,6 +100,9 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
         callbacks: Lightning callbacks.
         init_from: checkpoint folder whose weights a fresh run starts from.
         resume_from: checkpoint folder to go on from, with optimizer and data position.
+
+    Returns:
+        The step it came to.
     """
     import torch
     from megatron.core.optimizer import OptimizerConfig
@@ -129,6 +137,7 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
     data = PackDataModule(loader, recipe.train.global_batch_size, decode.threads, decode.prefetch)
     try:
         trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
+        return trainer.global_step
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

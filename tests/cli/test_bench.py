@@ -61,6 +61,8 @@ def test_images_are_the_same_every_time():
         (("lodaer",), "lodaer"),
         (("loader", "--images", "0"), "--images"),
         (("loader", "--images", "1", "--backends", "tourch"), "did you mean torch"),
+        (("loader", "--backends", " ,"), "names none"),
+        (("loader", "--out", "no/such/folder/x.json"), "the folder no/such/folder does not exist"),
         pytest.param(
             ("loader", "--images", "1", "--device", "gpu"),
             "no CUDA device",

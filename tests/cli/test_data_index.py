@@ -142,10 +142,33 @@ def test_quarantine(cli, index, tmp_path):
     assert json.loads(out) == {"index": folder, "left_out": 1, "new": 0}
     code, out, _ = cli("data", "quarantine", "list", folder)
     assert code == 0 and "broken" in out and "sub/text.tar" in out
+    code, out, _ = cli("data", "quarantine", "clear", folder)
+    assert (code, out) == (0, "1 sample will be taken back in from now on.\n")
+    assert [row["left_out"] for row in json.loads(cli("data", "quarantine", "list", folder, "--json")[1])] == [
+        True,
+        False,
+    ]
+    code, out, _ = cli("data", "quarantine", "clear", folder, "--json")
+    assert json.loads(out) == {"index": folder, "taken_back": 0}
 
 
-def test_quarantine_of_nothing(cli, tmp_path):
-    code, out, _ = cli("data", "quarantine", "list", str(tmp_path))
-    assert (code, out) == (0, f"{tmp_path} has no bad samples.\n")
-    code, _, err = cli("data", "quarantine", "list", str(tmp_path / "nowhere"))
-    assert "nowhere is not an index" in one_line(code, err)
+def test_quarantine_of_nothing(cli, index, tmp_path):
+    index("sub/text.tar")
+    code, out, _ = cli("data", "quarantine", "list", str(tmp_path / "index"))
+    assert (code, out) == (0, f"{tmp_path / 'index'} has no bad samples.\n")
+
+
+@pytest.mark.parametrize("action", ["list", "apply", "clear"])
+def test_quarantine_of_no_index(action, cli, tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        code, _, err = cli("data", "quarantine", action, str(folder))
+        assert f"{folder} is not an index" in one_line(code, err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("action", ["list", "apply", "clear"])
+def test_quarantine_of_a_broken_ledger(action, cli, index, tmp_path):
+    index("sub/text.tar")
+    (tmp_path / "index" / "quarantine.jsonl").mkdir()
+    code, _, err = cli("data", "quarantine", action, str(tmp_path / "index"))
+    assert "quarantine.jsonl can't be used" in one_line(code, err)

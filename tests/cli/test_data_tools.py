@@ -116,6 +116,8 @@ def test_inspect_shows_a_sample_that_does_not_decode_as_a_hole(cli, corpus, tmp_
     [
         (["inspect", "tiny/sft", "-1"], "not the number of a pack"),
         (["inspect", "tiny/sft", "two"], "not the number of a pack"),
+        (["inspect", "tiny/sft", "9" * 20], "is more than any run reads"),
+        (["inspect", "tiny/sft", "9" * 5000], "is more than any run reads"),
         (["inspect", "tiny/sft"], "PACK"),
         (["inspect", "tiny/sft", "0", "--out", "no/such/folder/x.html"], "does not exist"),
         (["inspect", "tiny/sft", "0", "data.root=no-such"], "no-such"),

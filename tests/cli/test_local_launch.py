@@ -20,7 +20,7 @@ def start(tmp_path):
     """Starts a two-rank job whose training is replaced: ``start("works") -> Popen``; stops it in the end."""
     jobs = []
 
-    def run(behaviour: str) -> subprocess.Popen:
+    def run(behaviour: str, command=COMMAND, cwd=CHECKOUT) -> subprocess.Popen:
         env = {name: value for name, value in os.environ.items() if name not in ("RANK", "OMP_NUM_THREADS")}
         env |= {
             "PYTHONPATH": f"{FAKE}{os.pathsep}{CHECKOUT}",
@@ -29,7 +29,7 @@ def start(tmp_path):
             "TMPDIR": str(tmp_path),
         }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        jobs.append(subprocess.Popen(COMMAND, cwd=CHECKOUT, env=env, **pipes))
+        jobs.append(subprocess.Popen(command, cwd=cwd, env=env, **pipes))
         return jobs[-1]
 
     yield run
@@ -60,6 +60,14 @@ def test_all_ranks_run_with_their_share_of_the_cores(start, tmp_path):
     threads = {(tmp_path / f"rank{rank}").read_text().split()[1] for rank in (0, 1)}
     assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
     assert not list(tmp_path.glob("nemo-bluelm-*"))
+
+
+def test_files_where_ranks_start_are_none_of_their_modules(start, tmp_path):
+    (tmp_path / "html.py").write_text("raise SystemExit(3)")
+    command = [COMMAND[0], "-P", *COMMAND[1:]]  # the parent as the installed command: without the folder it runs in
+    job = start("works", command, tmp_path)
+    _, err = job.communicate(timeout=120)
+    assert (job.returncode, err) == (0, "")
 
 
 @pytest.mark.parametrize(

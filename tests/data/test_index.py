@@ -156,6 +156,29 @@ def test_an_image_outside_the_folder_of_its_jsonl_is_refused(place, build, root)
     assert "is no path below the folder of the JSONL" in index.ledger.entries()[0].error
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("a\0.png", "no file has such a name"),
+        ("n" * 300 + ".png", "File name too long"),
+        ("loop.png", "Too many levels of symbolic links"),
+        ("s.jsonl/a.png", "Not a directory"),
+        ("sub", "it is not a file"),
+    ],
+    ids=["nul", "long", "loop", "file-as-folder", "folder"],
+)
+def test_an_image_that_no_file_can_be_costs_its_sample_alone(place, reason, build, root):
+    (root / "loop.png").symlink_to("loop.png")
+    (root / "sub").mkdir()
+    jsonl(root / "s.jsonl", {"text": "a"}, TALK | {"images": [place]}, {"text": "b"})
+    index = build("s.jsonl")
+    shard = index["s.jsonl"]
+    assert [shard.sample(row).key for row in range(len(shard))] == ["1", "3"]
+    assert (shard.rejected, shard.torn) == (1, None)
+    (row,) = index.ledger.entries()
+    assert row.key == "2" and reason in row.error
+
+
 def raw(*members):
     def write(path):
         with tarfile.open(path, "w") as tar:
@@ -281,7 +304,8 @@ def test_unchanged_shards_are_not_read_again(build, root, tmp_path, monkeypatch)
     changed = set(written(tmp_path / "index")) - set(before)
     assert len(changed) == 1 and changed.pop().startswith("text-0-")
     assert [len(shard) for shard in third.values()] == [5, 1]
-    assert len(first["text-0.tar"]) == 7 and len(written(tmp_path / "index")) == 2
+    assert first["text-0.tar"].tokens.tolist() == second["text-0.tar"].tokens.tolist()  # a run that still reads it
+    assert first["text-0.tar"].sample(6).key == "t6" and len(written(tmp_path / "index")) == 3
 
 
 def test_other_settings_live_beside_each_other(build, root, tmp_path, tokenizer):
@@ -326,6 +350,7 @@ def test_quarantine_is_left_out_once_applied(build):
     excluded = build().excluded
     assert list(excluded) == ["text-0.tar"] and excluded["text-0.tar"].tolist() == [2]
     assert excluded["text-0.tar"].dtype == "int64" and len(build()["text-0.tar"]) == 7
+    assert build().ledger.clear() == 1 and build().excluded == {}
 
 
 def test_remote_shards(build, root, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_bluelm.data import index as index_module
 from nemo_bluelm.data.writer import RawSample, write_shard
 from nemo_bluelm.errors import UserError
 
@@ -66,6 +67,33 @@ def test_others_wait_while_one_builds(build, tmp_path):
     lock.close()
     thread.join(60)
     assert not thread.is_alive() and len(list((tmp_path / "index").glob("*.arrow"))) == 2
+
+
+def test_a_long_wait_is_told(build, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(index_module, "_SILENCE", 0.2)
+    (tmp_path / "index").mkdir()
+    lock = open(tmp_path / "index" / ".lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    thread = threading.Thread(target=build, daemon=True)
+    thread.start()
+    thread.join(1)
+    assert capsys.readouterr().err == f"waiting for another process that writes to the index {tmp_path / 'index'}\n"
+    lock.close()
+    thread.join(60)
+    assert not thread.is_alive() and capsys.readouterr().err == ""
+
+
+def test_a_long_name_of_a_shard(build, root):
+    name = "鲸" * 80 + ".tar"  # 244 bytes, of 255
+    write_shard(root / name, [RawSample("k", {"text": "word"})])
+    assert build(name)[name].sample(0).key == "k"
+
+
+def test_files_where_a_worker_starts_are_none_of_its_modules(build, tmp_path, monkeypatch):
+    (tmp_path / "html.py").write_text("raise SystemExit(3)")
+    (tmp_path / "json.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    assert [len(shard) for shard in build(workers=2).values()] == [5, 7]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -1,5 +1,6 @@
 """The ledger: one row a bad sample over threads, processes and runs; nothing it meets stops a run."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_bluelm.data.ledger import Entry, Ledger
+from nemo_bluelm.errors import UserError
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -112,3 +114,72 @@ def test_a_full_disk_leaves_no_half_row(ledger, monkeypatch, capsys):
     assert ledger.path.read_bytes() == before
     assert "No space left on device" in capsys.readouterr().err
     assert ledger.append(entry(1)) is True
+
+
+def test_clear_takes_back_what_apply_left_out(ledger):
+    ledger.append(entry(0, stage="index"))
+    ledger.append(entry(1))
+    assert ledger.clear() == 0  # nothing was left out
+    assert ledger.apply() == 1 and ledger.clear() == 1
+    assert ledger.excluded() == set() and ledger.clear() == 0
+    ledger.append(entry(2))
+    assert ledger.excluded() == set()
+    assert ledger.apply() == 1 and ledger.excluded() == {("s.tar", 2)}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_sample_that_fails_again_after_clear_gets_a_row_again(ledger, again):
+    ledger.append(entry(0, stage="index"))
+    ledger.append(entry(1))
+    ledger.apply()
+    Ledger(ledger.path).clear()
+    other = Ledger(ledger.path) if again else ledger
+    assert other.append(entry(0, stage="index")) is False
+    assert other.append(entry(1)) is True and other.append(entry(1)) is False
+    assert ledger.apply() == 1 and ledger.excluded() == {("s.tar", 1)}
+
+
+DAMAGED = [
+    {"shard": "x"},
+    {"applied": 1},
+    {"applied": 1, "cleared": 1, "time": ""},
+    dataclasses.asdict(entry(7)) | {"more": 1},
+    dataclasses.asdict(entry(7)) | {"shard": ["s.tar"]},
+    dataclasses.asdict(entry(7)) | {"offset": "7"},
+    dataclasses.asdict(entry(7)) | {"offset": True},
+    dataclasses.asdict(entry(7)) | {"offset": 1 << 70},
+    dataclasses.asdict(entry(7)) | {"error": None},
+    [],
+    "row",
+    None,
+]
+
+
+def test_rows_that_are_not_ours_are_no_rows(ledger):
+    ledger.append(entry(0))
+    with open(ledger.path, "ab") as file:
+        file.write(b"\xff\n" + b"[" * 100_000 + b"\n" + "".join(json.dumps(row) + "\n" for row in DAMAGED).encode())
+    assert ledger.excluded() == set()  # a damaged marker is none
+    assert ledger.append(entry(1)) is True and Ledger(ledger.path).append(entry(1)) is False
+    assert [row.offset for row in ledger.entries()] == [0, 1]
+    assert ledger.apply() == 2 and ledger.excluded() == {("s.tar", 0), ("s.tar", 1)}
+
+
+def test_a_ledger_that_cannot_be_read_is_one_line(ledger):
+    ledger.path.mkdir()
+    for use in (ledger.entries, ledger.excluded, ledger.apply, ledger.clear):
+        with pytest.raises(UserError, match="quarantine.jsonl can't be used: Is a directory; mend it, or move it away"):
+            use()
+    assert ledger.append(entry(0)) is False
+
+
+def test_a_ledger_of_somebody_else(public_folder):
+    """As another user, since root may read everything."""
+    path = public_folder / "quarantine.jsonl"
+    path.touch(0o600)
+    program = (
+        "import os, sys; from nemo_bluelm.data.ledger import Ledger, UserError; os.setuid(65534)\n"
+        "try: Ledger(sys.argv[1]).entries()\nexcept UserError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(path)], cwd=CHECKOUT, capture_output=True, text=True)
+    assert f"{path} can't be used: Permission denied" in result.stdout, result.stderr

@@ -91,13 +91,13 @@ def test_the_rest_of_the_stream_is_the_same_wherever_it_stopped(backend, data):
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     data.decode.backend = backend
-    whole = [digest(loaded.batch) for loaded in load(open_data(data, GEOMETRY, seed=7), 24)]
-    assert len(set(whole)) == 24
-    for cut in random.Random(1).choices(range(24), k=20):
+    whole = [digest(loaded.batch) for loaded in load(open_data(data, GEOMETRY, seed=7), 16)]
+    assert len(set(whole)) == 16
+    for cut in random.Random(1).choices(range(16), k=20):
         first, second = open_data(data, GEOMETRY, seed=7), open_data(data, GEOMETRY, seed=7)
         load(first, cut)
         second.plan.restore(first.plan.state())
-        assert [digest(loaded.batch) for loaded in load(second, 24 - cut)] == whole[cut:]
+        assert [digest(loaded.batch) for loaded in load(second, 16 - cut)] == whole[cut:]
 
 
 def test_a_moved_corpus_is_the_same_stream_and_a_changed_one_is_refused(small, tmp_path_factory):
@@ -150,16 +150,6 @@ def test_a_bad_image_is_a_hole_and_its_neighbours_keep_their_pixels(backend, dat
     assert (Path(entry.shard).name, entry.key, entry.stage) == (victim.sample.shard, victim.sample.key, "decode")
     assert loader.bad_samples == len(holes)
 
-    told = load_as_told(open_data(data, GEOMETRY, seed=7), bad)
-    for with_pixels, without in zip(bad, told):
-        assert without.batch.tiles.shape == with_pixels.batch.tiles.shape and without.batch.tiles.is_meta
-        for name in ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "cu_seqlens_padded"):
-            assert torch.equal(getattr(with_pixels.batch, name), getattr(without.batch, name))
-
-
-def load_as_told(loader, packs):
-    return [loader.load_text(pack, loaded.holes) for pack, loaded in zip(loader.plan, packs)]
-
 
 def test_quarantine_applied_leaves_the_sample_out_and_refuses_the_old_state(small):
     root = Path(small.root)
@@ -173,7 +163,7 @@ def test_quarantine_applied_leaves_the_sample_out_and_refuses_the_old_state(smal
     clean = open_data(small, GEOMETRY, seed=0)
     keys = {document.sample.key for loaded in load(clean, 8) for document in loaded.documents}
     assert victim.key not in keys and clean.bad_samples == 0
-    with pytest.raises(UserError, match="content of data.sources.images.shards"):
+    with pytest.raises(UserError, match="quarantine of data.sources.images is 1 samples"):
         clean.plan.restore(state)
 
 
@@ -187,8 +177,6 @@ def test_a_shard_deleted_while_training_is_holes_with_reasons(small):
     assert {(Path(entry.shard).name, entry.stage) for entry in entries} == {("images-0.tar", "read")}
     assert len(entries) == len({entry.key for entry in entries}) == 5
     assert "images-0.tar" in entries[0].error
-    with pytest.raises(UserError, match="images-0.tar.*another process of the job could read it"):
-        loader.load_text(next(loader.plan), holes=[])
 
 
 def test_too_many_bad_samples_stop_the_run_with_the_last_reason(small):

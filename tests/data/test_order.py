@@ -54,3 +54,8 @@ def test_factors_are_exact_and_the_extra_turn_goes_round():
     assert {four[i] for i in range(5)} == {0}
     assert {four[i] for i in range(5, 45)} == {1}
     assert {four[i] for i in range(145, 165)} == {10}
+
+
+def test_a_lone_sample_of_a_small_factor_comes_some_day():
+    order = SourceOrder(0, "x", np.array([0.25]))
+    assert order.epoch_length == 1 and order.draw(0, 1).tolist() == [0]

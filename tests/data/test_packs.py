@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_bluelm.data.chat import Encoded
-from nemo_bluelm.data.packs import collate
+from nemo_bluelm.data.packs import PackedBatch, collate
 
 NO_TILES = torch.empty(0, 3, 4, 4, dtype=torch.uint8)
 
@@ -79,3 +79,15 @@ def test_to_moves_every_tensor():
     tensors = [value for value in vars(pack).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 7 and all(tensor.is_meta for tensor in tensors)
     assert pack.max_seqlen == 2
+
+
+def test_the_text_travels_whole():
+    documents = [document(5, 6, 70_000, targets=(6, 70_000)), document(8, 9, targets=(9,))]
+    tiles = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    pack = collate(documents, tiles, sequence_length=16, alignment=4, pad=0)
+    told = PackedBatch.text_from_bytes(pack.text_to_bytes())
+    assert told.tiles.is_meta and told.tiles.shape == tiles.shape and told.tiles.dtype == torch.uint8
+    assert told.max_seqlen == pack.max_seqlen
+    for name in ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "cu_seqlens_padded"):
+        assert torch.equal(getattr(told, name), getattr(pack, name))
+        assert getattr(told, name).dtype == getattr(pack, name).dtype

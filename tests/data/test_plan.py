@@ -131,7 +131,7 @@ def test_another_plan_refuses_the_state_and_says_what_changed(changed, named):
 def test_other_shards_or_a_quarantine_refuse_the_state():
     before, index = plan().state(), realistic()
     index.excluded = {"t.tar": np.array([3])}
-    with pytest.raises(UserError, match="content of data.sources.text.shards"):
+    with pytest.raises(UserError, match=r"quarantine of data.sources.text is 1 samples \(.*\), .* with none"):
         plan(index).restore(before)
     index = realistic()
     index["i.tar"].digest = "another"
@@ -181,7 +181,11 @@ def test_a_rare_source_does_not_hold_back_the_stream():
         (dict(oversize="shrink"), "data.oversize is 'shrink'; it must be one of drop, truncate, error"),
         (dict(sources={"text": Source(["t.tar"], math.nan)}), "data.sources.text.weight is nan"),
         (dict(sources={"text": Source(["t.tar"], 0.0)}), "data.sources.text.weight is 0"),
+        (dict(sources={"text": Source(["t.tar"], 1e-320)}), "data.sources.text.weight is 1e-320"),
+        (dict(sources={"text": Source(["t.tar"], 1e308)}), "data.sources.text.weight is 1e.308.*to 1e.09"),
         (dict(sources={"text": Source(["t.tar"], max_epochs=0)}), "data.sources.text.max_epochs is 0"),
+        (dict(sources={"text": Source(["t.tar"], max_epochs=1e308)}), "data.sources.text.max_epochs is 1e.308"),
+        (dict(sources={"text": Source(["t.tar"], resample={"a": 1e300})}), "resample.a is 1e.300; it must be from 0"),
         (dict(sources={"text": Source([])}), "data.sources.text.shards is empty"),
         (dict(sources={"text": Source(["x-*.tar"])}), "data.sources.text.shards: 'x-.*' is not in the index"),
         (dict(sources={"text": Source(["t.tar"], resample={"a": 2})}), "no sample has this tag; they have no tags"),

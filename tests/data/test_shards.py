@@ -122,6 +122,30 @@ def test_a_negative_size_does_not_loop(tmp_path):
     assert scanned(path)[1] is not None
 
 
+def extension(kind, size):
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE], ids=repr)
+@pytest.mark.parametrize("count", [0, 1])
+def test_endless_headers(kind, count, tmp_path):
+    """Thousands of extensions in a row, or one that claims to be huge, behind ``count`` whole samples."""
+    path = tmp_path / "s.tar"
+    write_shard(path, [RawSample(f"k{n}", {"text": "word"}) for n in range(count + 1)])
+    whole, cut = path.read_bytes(), list(scan(str(path)))[-1].offset + 2 * BLOCK
+    path.write_bytes(whole[:cut] + (extension(kind, 5) + b"x".ljust(BLOCK, b"\0")) * 5000)
+    keys, tear = scanned(path)
+    assert keys == [f"k{n}" for n in range(count)] and tear.offset == cut - 2 * BLOCK
+    path.write_bytes(whole[:cut] + extension(kind, 7 << 30) + bytes(20 * BLOCK))
+    keys, tear = scanned(path)
+    assert keys == [f"k{n}" for n in range(count)] and "an extension of 7,516,192,768 bytes" in tear.reason
+    path.write_bytes(extension(kind, 7 << 30) + bytes(20 * BLOCK))
+    keys, tear = scanned(path)
+    assert keys == [] and "an extension of 7,516,192,768 bytes" in tear.reason
+
+
 @pytest.mark.parametrize("data", [b"", b"hello" * 400, b"\0" * 100], ids=["empty", "text", "zeros"])
 def test_not_a_tar(data, tmp_path):
     (tmp_path / "s.tar").write_bytes(data)

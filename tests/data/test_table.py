@@ -44,10 +44,11 @@ def test_what_is_too_large_can_be_an_error():
         table(large(), "error")
 
 
-def test_excluded_rows_are_left_out_and_change_the_digest():
+def test_excluded_rows_are_left_out_and_told():
     whole, part = table(Shard("t.tar", [10] * 4)), table(Shard("t.tar", [10] * 4), excluded={"t.tar": [1, 2]})
     assert [key for key, *_ in pieces(part)] == ["s0", "s3"]
-    assert part.counts.excluded == 2 and part.digest != whole.digest
+    assert part.counts.excluded == 2 and part.digest == whole.digest
+    assert whole.quarantine == "none" and part.quarantine.startswith("2 samples (")
 
 
 def test_what_a_run_never_sees_is_told_in_one_line():

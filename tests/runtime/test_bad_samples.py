@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 
@@ -72,8 +73,37 @@ def test_too_many_bad_samples_end_the_run_with_one_line(damaged, tmp_path):
 
 
 def test_the_data_can_end_before_the_training(corpus, tmp_path):
+    """What was trained is saved, and said."""
     epochs = [f"data.sources.{name}.max_epochs=0.02" for name in ("digits", "photos", "text")]
     code, output = finish(start(*command(corpus, tmp_path, *epochs, "train.steps=50")), timeout=120)
     assert code == 2
-    assert "the data ends after" in output.splitlines()[-1] and "max_epochs" in output.splitlines()[-1]
+    message, steps = output.splitlines()[-1], len(rows(tmp_path))
+    assert f"the data ends after {steps} of 50 steps" in message and "max_epochs" in message
     assert "Traceback" not in output
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert saved.name == f"step_{steps:08d}"
+
+
+def test_a_shard_deleted_while_two_ranks_train(corpus, tmp_path):
+    """The rank that reads and the one that is told agree on what was lost."""
+    from nemo_bluelm.data.writer import RawSample, write_shard
+
+    root = tmp_path / "corpus"
+    root.mkdir()
+    shutil.copy(corpus / "tokenizer.json", root)
+    for number in range(200):  # more than the files that stay open
+        write_shard(root / f"t-{number:03d}.tar", [RawSample(f"t{number}", {"text": f"number {number} " * 60})])
+    settings = [
+        "+data.sources={x: {shards: [t-*.tar]}}",
+        *(f"~data.sources.{name}" for name in ("digits", "photos", "text")),
+    ]
+    settings += ["data.max_bad_fraction=1", "train.steps=40", "parallel.tensor=2", "--nproc", "2"]
+    process = start(*command(root, tmp_path, *settings))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+        time.sleep(0.05)
+    for shard in list(root.glob("*.tar"))[::2]:
+        shard.unlink()
+    code, output = finish(process, timeout=240)
+    assert code == 0, output[-2000:]
+    assert rows(tmp_path)[-1]["bad_samples"] > 0 and len(rows(tmp_path)) == 40

@@ -20,7 +20,7 @@ def make(corpus, tmp_path, monkeypatch):
     prepare()
     from nemo_bluelm.runtime import data
 
-    def make(rank, ranks, state=None, threads=2, **changes):
+    def make(rank, ranks, state=None, threads=2, at_end=None, **changes):
         monkeypatch.setattr(data.parallel_state, "get_data_parallel_rank", lambda: rank)
         monkeypatch.setattr(data.parallel_state, "get_data_parallel_world_size", lambda: ranks)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
@@ -34,7 +34,7 @@ def make(corpus, tmp_path, monkeypatch):
         loader = open_data(config, Geometry(tile=56), seed=5)
         if state is not None:
             loader.plan.restore(state)
-        return data.RankPacks(loader, GLOBAL_BATCH, threads, ahead=3)
+        return data.RankPacks(loader, GLOBAL_BATCH, threads, ahead=3, at_end=at_end)
 
     return make
 
@@ -75,10 +75,14 @@ def test_another_number_of_ranks_goes_on_in_the_same_order(before, after, make, 
 
 
 @pytest.mark.parametrize("threads", [0, 3])
-def test_the_end_of_the_data_comes_after_its_last_whole_step(threads, make):
-    packs, seen = make(1, 2, threads=threads, max_epochs=0.05), 0
-    with pytest.raises(UserError, match=r"the data ends after (\d+) steps: .*max_epochs") as end:
-        for _ in packs:
-            seen += 1
-    whole_steps = int(str(end.value).split(" steps")[0].split()[-1])
-    assert whole_steps > 1 and seen == whole_steps * GLOBAL_BATCH // 2
+def test_the_end_of_the_data_is_known_before_its_last_whole_step(threads, make):
+    ends, seen = [], 0
+    packs = make(1, 2, threads=threads, at_end=ends.append, max_epochs=0.05)
+    for _ in packs:
+        seen += 1
+        if seen == 1 + GLOBAL_BATCH // 2:
+            packs.state(GLOBAL_BATCH)
+    (end,) = ends
+    assert end > GLOBAL_BATCH and end % GLOBAL_BATCH == 0 and seen == end // 2
+    with pytest.raises(UserError, match="no further step of train.global_batch_size 8 packs.*max_epochs"):
+        next(iter(make(0, 2, state=packs.state(end), max_epochs=0.05)))

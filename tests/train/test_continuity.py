@@ -6,13 +6,13 @@ from nemo_bluelm.config.compose import load_recipe, to_yaml
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.train.continuity import check_init, check_resume
 
+TOKENIZER = b"the same"
+
 
 @pytest.fixture
 def checkpoint(tmp_path):
     """A checkpoint of tiny/sft, as far as these checks look at one."""
-    (tmp_path / "corpus").mkdir()
-    for folder in (tmp_path, tmp_path / "corpus"):
-        (folder / "tokenizer.json").write_text("the same")
+    (tmp_path / "tokenizer.json").write_bytes(TOKENIZER)
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe(tmp_path)))
     return tmp_path
 
@@ -52,16 +52,15 @@ def test_resume_refuses(override, key, checkpoint):
     "override", ["model.geometry.max_cols=1", "data.sequence_length=256", "model.language.yarn.factor=8", "seed=1"]
 )
 def test_init_allows(override, checkpoint):
-    check_init(recipe(checkpoint, override), checkpoint)
+    check_init(recipe(checkpoint, override), checkpoint, TOKENIZER)
 
 
 @pytest.mark.parametrize("key", ["model.language.ffn_hidden_size", "model.vision.num_layers", "model.geometry.tile"])
 def test_init_refuses_other_shapes(key, checkpoint):
     with pytest.raises(UserError, match=rf"^{key} is 112, but init_from .* trained with"):
-        check_init(recipe(checkpoint, f"{key}=112"), checkpoint)
+        check_init(recipe(checkpoint, f"{key}=112"), checkpoint, TOKENIZER)
 
 
 def test_init_refuses_another_tokenizer(checkpoint):
-    (checkpoint / "corpus" / "tokenizer.json").write_text("another")
     with pytest.raises(UserError, match="data.tokenizer .* is not the tokenizer that init_from"):
-        check_init(recipe(checkpoint), checkpoint)
+        check_init(recipe(checkpoint), checkpoint, b"another")

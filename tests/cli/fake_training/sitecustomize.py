@@ -26,6 +26,8 @@ def _train(recipe) -> int:
     if behaviour == "bug of rank 1" and rank == 1:
         raise RuntimeError("boom")
     if behaviour == "rank 1 killed" and rank == 1:
+        while not Path(os.environ["FAKE_OUT"], "rank0").exists():
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "saves on signal":
 
