@@ -41,14 +41,17 @@ class Item:
 
 
 # Distributions (the first that is installed counts), required, what for, module to import as a trial. Packages
-# compiled against torch or CUDA get a trial, for they break when that changes; the others are judged by their version.
+# compiled against torch, numpy or CUDA get a trial, for they break when that changes; the others are judged by their
+# version.
 _PACKAGES = [
     (("nemo-toolkit", "nemo_toolkit"), True, "trainer, strategy, checkpoints", None),
     (("megatron-core",), True, "model, parallelism, optimizer", None),
+    (("pyarrow",), True, "index of the data", "pyarrow.ipc"),
     (("transformer-engine",), False, "fused layers and attention, FP8 (GPU)", "transformer_engine.pytorch"),
     (("apex",), False, "fused optimizer where Transformer Engine is absent (GPU)", "apex.optimizers"),
     (("nvidia-dali-cuda130", "nvidia-dali-cuda120"), False, "image decoding", "nvidia.dali"),
     (("nvidia-modelopt",), False, "pruning, quantised export", None),
+    (("datatrove",), False, "curation", None),
 ]
 
 
@@ -175,11 +178,12 @@ def _used(state: dict[str, str], gpu: bool) -> list[dict]:
         optimizer = ("apex FusedAdam", f"{layers}, apex is installed")
     else:
         optimizer = ("torch AdamW", f"{layers}, apex is {apex}")
+    dali = "installed" if state["nvidia-dali-cuda130"] == "ok" else state["nvidia-dali-cuda130"]
     rows = [
         ("attention", "Transformer Engine" if engine == "ok" else "torch SDPA, packs by cu_seqlens", layers),
         ("norm", "Transformer Engine" if engine == "ok" else "torch", layers),
         ("optimizer", *optimizer),
-        ("image decoding", "torch on the CPU", "the only backend so far"),
+        ("image decoding", "torch on the CPU, or as data.decode says", f"DALI is {dali}"),
         ("collectives", "NCCL" if gpu else "gloo", "a CUDA device is here" if gpu else "no CUDA device"),
         ("device", "CUDA" if gpu else "CPU, through the adapter", "a CUDA device is here" if gpu else "no CUDA device"),
     ]
@@ -188,7 +192,7 @@ def _used(state: dict[str, str], gpu: bool) -> list[dict]:
 
 def _add(state: dict[str, str], torch: dict | None) -> list[dict]:
     lines = []
-    for name in ("torch", "nemo-toolkit", "megatron-core"):
+    for name in ("torch", "nemo-toolkit", "megatron-core", "pyarrow"):
         if state[name] != "ok":
             lines.append({"for": f"{name}, required", "command": f"pip install '{_requirements().get(name, name)}'"})
     if state["transformer-engine"] != "ok":
@@ -205,4 +209,6 @@ def _add(state: dict[str, str], torch: dict | None) -> list[dict]:
         )
     if state["nvidia-modelopt"] != "ok":
         lines.append({"for": "ModelOpt", "command": "pip install 'nvidia-modelopt==0.37.*'"})
+    if state["datatrove"] != "ok":
+        lines.append({"for": "datatrove", "command": "pip install 'datatrove==0.3.*'"})
     return lines
