@@ -29,7 +29,10 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 class Document(NamedTuple):
-    """One segment of a loaded pack: ``length`` tokens of ``sample`` from ``start``; ``bad`` says why it is a hole."""
+    """One segment of a loaded pack: ``length`` tokens of ``sample`` from ``start``; ``bad`` says why it is a hole.
+
+    ``epoch`` counts how often the source had been gone through before.
+    """
 
     source: str
     epoch: int
@@ -72,7 +75,6 @@ class PackLoader:
         tokenizer: of the records.
         geometry: of the tiles.
         backend: decodes the images.
-        sequence_length, alignment: as the plan's.
         max_bad_fraction: of the samples read by this process; beyond it something larger is wrong.
 
     Attributes:
