@@ -11,10 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
+from nemo_bluelm.atomic import write_atomically
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.parent import bound_to_this_process
-from nemo_bluelm.runtime.run_dir import read_metrics, resolve_checkpoint, write_atomically
+from nemo_bluelm.runtime.run_dir import read_metrics, resolve_checkpoint
 
 # Recipe and the stage whose checkpoint it starts from.
 STAGES = (("align_projector", None), ("sft", "align_projector"))

@@ -1,10 +1,10 @@
 """``nemo-bluelm data inspect``: one pack as a page, just as training would read it."""
 
 import argparse
-import os
 from itertools import islice
 from pathlib import Path
 
+from nemo_bluelm.atomic import write_atomically
 from nemo_bluelm.cli.recipe_data import open_recipe_data
 from nemo_bluelm.errors import UserError
 
@@ -52,10 +52,7 @@ def _number(text: str) -> int:
 
 
 def _write(page: str, out: Path) -> None:
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, out)
+        write_atomically(out, page.encode())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{out} can't be written: {error.strerror}; choose another --out") from error

@@ -1,11 +1,12 @@
 """``nemo-bluelm data view``: one picture of the tiles that an image becomes."""
 
 import argparse
+import io
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_bluelm.atomic import write_atomically
 from nemo_bluelm.cli.arguments import add_json_argument
 from nemo_bluelm.cli.model_geometry import add_model_argument, model_geometry
 from nemo_bluelm.errors import UserError
@@ -58,10 +59,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(picture: "Image", out: Path) -> None:
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    file = io.BytesIO()
+    picture.save(file, "PNG")
     try:
-        picture.save(partial, "PNG")
-        os.replace(partial, out)
+        write_atomically(out, file.getvalue())
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{out} can't be written: {error.strerror or error}; choose another --out") from error
+        raise UserError(f"{out} can't be written: {error.strerror}; choose another --out") from error

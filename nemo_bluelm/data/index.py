@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from nemo_bluelm.atomic import PARTIAL
 from nemo_bluelm.data import index_workers
 from nemo_bluelm.data.files import Files, expand
 from nemo_bluelm.data.groups import Member
-from nemo_bluelm.data.indexing import LEDGER, PARTIAL, Facts, Indexer, Task, load_facts, settings_of, writing
+from nemo_bluelm.data.indexing import LEDGER, Facts, Indexer, Task, load_facts, settings_of, writing
 from nemo_bluelm.data.ledger import Ledger
 from nemo_bluelm.data.records import find_file
 from nemo_bluelm.data.tokenizer import Tokenizer

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from nemo_bluelm.atomic import partial_file, write_atomically
 from nemo_bluelm.data.chat import Encoded
 from nemo_bluelm.data.files import Files, NotFound, Read, ReadError, Stat, window
 from nemo_bluelm.data.groups import Group, Torn
@@ -25,7 +26,6 @@ from nemo_bluelm.geometry import Geometry
 
 BATCH = 4096  # rows that are in memory at a time
 LEDGER = "quarantine.jsonl"
-PARTIAL = ".partial"
 
 _IMAGE = pa.struct(
     [("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("width", pa.int32()), ("height", pa.int32())]
@@ -117,12 +117,12 @@ class Indexer:
             UserError: the index can't be written; nothing half-written stays.
         """
         rows = _Rows()
-        with writing(self._folder), _partial(self._folder / f"{task.stem}.arrow") as partial:
+        with writing(self._folder), partial_file(self._folder / f"{task.stem}.arrow") as partial:
             with open(partial, "wb") as file, pa.ipc.new_file(file, SCHEMA) as out:
                 torn, stat = self._scan(task, rows, lambda batch: (out.write_batch(batch), progress(batch.num_rows)))
             facts = rows.facts(task, stat, torn, partial.stat().st_size)
             os.replace(partial, self._folder / facts.file)
-            write_whole(sidecar(self._folder, task.stem), json.dumps(dataclasses.asdict(facts)).encode())
+            write_atomically(sidecar(self._folder, task.stem), json.dumps(dataclasses.asdict(facts)).encode())
         return facts
 
     def _scan(
@@ -228,13 +228,6 @@ class _Rows:
         return Facts(stat, file, size, *counts, torn, sorted(self._tags), digest)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file in one step, or leave it as it is."""
-    with _partial(path) as partial:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-
-
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turns what a disk does to a writer into one line.
@@ -248,16 +241,6 @@ def writing(folder: Path) -> Iterator[None]:
         raise UserError(
             f"index {folder} can't be written: {error.strerror or error}; make room or choose another folder"
         ) from error
-
-
-@contextlib.contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """Where to write what will be ``path``; another process, perhaps orphaned, writes elsewhere."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _least(encoded: Encoded, im_end: int) -> int:

@@ -1,7 +1,6 @@
 """The folder of a run: its files, its checkpoints, which one to go on from. No torch, so that asking is quick."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Optional
@@ -29,13 +28,6 @@ def published(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first. A folder has its name only once everything in it is written."""
     folders = (run_dir / "checkpoints").glob(f"{CHECKPOINT_PREFIX}*")
     return sorted((f for f in folders if re.fullmatch(rf"{CHECKPOINT_PREFIX}\d{{8,}}", f.name)), key=step_of)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole, so that it never exists in part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def newest(run_dir: Path) -> Optional[Path]:

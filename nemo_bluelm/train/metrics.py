@@ -11,7 +11,8 @@ from megatron.core import parallel_state
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nemo_bluelm.runtime.run_dir import METRICS_FILE, write_atomically
+from nemo_bluelm.atomic import write_atomically
+from nemo_bluelm.runtime.run_dir import METRICS_FILE
 
 
 class Metrics(Callback):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from nemo_bluelm.atomic import write_atomically
 from nemo_bluelm.config.checks import alignment, check_machine, check_recipe
 from nemo_bluelm.config.compose import to_yaml
 from nemo_bluelm.config.schema import DecodeDevice, Dtype, Recipe, geometry_of
@@ -20,7 +21,6 @@ from nemo_bluelm.runtime.run_dir import (
     newest,
     resolve_checkpoint,
     step_of,
-    write_atomically,
 )
 from nemo_bluelm.train.continuity import check_init, check_resume
 

@@ -107,3 +107,11 @@ def test_a_shard_deleted_while_two_ranks_train(corpus, tmp_path):
     code, output = finish(process, timeout=240)
     assert code == 0, output[-2000:]
     assert rows(tmp_path)[-1]["bad_samples"] > 0 and len(rows(tmp_path)) == 40
+
+
+def test_the_corpus_may_be_behind_a_url(corpus, tmp_path):
+    """Index, tokenizer, records and images through fsspec give what the folder gives."""
+    for name, root in (("url", f"file://{corpus}"), ("folder", corpus)):
+        (tmp_path / name).mkdir()
+        run(*command(root, tmp_path / name, "train.steps=3"))
+    assert [row["loss"] for row in rows(tmp_path / "url")] == [row["loss"] for row in rows(tmp_path / "folder")]

@@ -8,7 +8,7 @@ from datatrove.io import get_datafolder
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.hashes.sha1 import sha1_hash64
 
-from nemo_bluelm.data.headers import BadImage, open_image
+from nemo_bluelm.data.decode.pillow import decode
 
 _SIDE = 16
 _BITS = _SIDE * _SIDE
@@ -17,21 +17,14 @@ _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)  #
 
 
 def difference_hash(data: bytes) -> bytes:
-    """32 bytes: for each of 16 x 16 cells of the gray image, whether its right neighbour is brighter.
-
-    The orientation in EXIF is not applied: a turned copy is another image.
+    """32 bytes: for each of 16 x 16 cells of the upright gray image, whether its right neighbour is brighter.
 
     Raises:
         BadImage: it can't be decoded.
     """
     from PIL import Image
 
-    image, _ = open_image(data)
-    try:
-        cells = image.convert("L").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX)
-    except Exception as error:  # Pillow's plugins raise what they like on broken pixels
-        raise BadImage(f"not a readable image: {error}") from error
-    gray = np.asarray(cells)
+    gray = np.asarray(decode(data).convert("L").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX))
     return np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes()
 
 

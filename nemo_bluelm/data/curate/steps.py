@@ -1,6 +1,7 @@
 """The steps that a curation recipe may name, as dataclasses of their parameters. datatrove is imported on building."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -9,33 +10,37 @@ from nemo_bluelm.errors import UserError
 
 
 class Step:
-    """A step that judges, and may change, one record at a time. ``images``: what it must know of them."""
+    """What a recipe's step is made of. ``images``: what it must know of a record's images."""
 
     images: ClassVar[frozenset[str]] = frozenset()
 
+
+class Filter(Step, ABC):
+    """A step that judges, and may change, one record at a time."""
+
+    @abstractmethod
     def build(self, dropped):
         """The datatrove filter; ``dropped`` takes what it removes, or is None."""
-        raise NotImplementedError
 
 
-class Dedup(Step):
+class Dedup(Step, ABC):
     """A step that compares all records: sign each, match the signatures, remove the copies."""
 
+    @abstractmethod
     def sign(self, folder: str):
         """Writes signatures below ``folder``; the end of a pipeline."""
-        raise NotImplementedError
 
+    @abstractmethod
     def match(self, folder: str) -> list[tuple[str, int, list]]:
         """(name, tasks, pipeline) of the stages between signing and removing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, folder: str, dropped):
         """The filter behind the stages of :meth:`match`."""
-        raise NotImplementedError
 
 
 @dataclass
-class Length(Step):
+class Length(Filter):
     """All text of the record, in words; a Chinese character is a word."""
 
     min: int = 20
@@ -48,7 +53,7 @@ class Length(Step):
 
 
 @dataclass
-class Language(Step):
+class Language(Filter):
     """Texts of fewer than ``min_words`` words pass: rules can't tell."""
 
     allow: list[str] = field(default_factory=lambda: ["zh", "en"])
@@ -65,7 +70,7 @@ class Language(Step):
 
 
 @dataclass
-class Characters(Step):
+class Characters(Filter):
     """``max_symbols``: neither letter, digit nor space; ``max_broken``: control and replacement characters."""
 
     max_symbols: float = 0.4
@@ -78,7 +83,7 @@ class Characters(Step):
 
 
 @dataclass
-class Repetition(Step):
+class Repetition(Filter):
     """For short texts (captions, answers): characters in repeated n-grams of words, and runs of one character."""
 
     n: int = 3
@@ -95,7 +100,7 @@ class Repetition(Step):
 
 
 @dataclass
-class GopherRepetition(Step):
+class GopherRepetition(Filter):
     """Table A1 of arXiv 2112.11446; for plain text, as are the next two."""
 
     max_duplicate_lines: float = 0.3
@@ -110,7 +115,7 @@ class GopherRepetition(Step):
 
 
 @dataclass
-class GopherQuality(Step):
+class GopherQuality(Filter):
     """Quality rules of arXiv 2112.11446; word lengths and stop words of Chinese for Chinese texts."""
 
     min_words: int = 50
@@ -128,7 +133,7 @@ class GopherQuality(Step):
 
 
 @dataclass
-class C4Quality(Step):
+class C4Quality(Filter):
     """Rules of C4 (arXiv 1910.10683): removes bad lines from a text, and texts with too few sentences left."""
 
     min_sentences: int = 5
@@ -143,7 +148,7 @@ class C4Quality(Step):
 
 
 @dataclass
-class Answer(Step):
+class Answer(Filter):
     """The last reply isn't empty. ``refuse``: regular expressions that a whole answer must not match, case ignored."""
 
     min_words: int = 0
@@ -161,7 +166,7 @@ class Answer(Step):
 
 
 @dataclass
-class ImageSize(Step):
+class ImageSize(Filter):
     """Pixels, after EXIF rotation, from the header."""
 
     images: ClassVar[frozenset[str]] = frozenset({"size"})
@@ -179,7 +184,7 @@ _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 
 
 @dataclass
-class ClickInside(Step):
+class ClickInside(Filter):
     """Points and boxes that ``pattern`` finds in the replies of records tagged ``tag`` lie inside the last image.
 
     ``pattern`` has two groups (x, y) or four (x1, y1, x2, y2; the last two may be absent). Coordinates run from 0 to
@@ -203,7 +208,7 @@ class ClickInside(Step):
 
 
 @dataclass
-class Tags(Step):
+class Tags(Filter):
     """Adds a tag where its regular expressions match ``min_matches`` times or more, all of them counted together."""
 
     rules: dict[str, list[str]] = field(default_factory=dict)
