@@ -20,6 +20,30 @@ class Dtype(str, Enum):
     bf16 = "bf16"
 
 
+class Fp8Recipe(str, Enum):
+    """How Transformer Engine scales FP8 tensors."""
+
+    delayed = "delayed"  # per tensor, from the amax of the last steps: fastest, lags while activations grow
+    current = "current"  # per tensor, from the tensor itself
+    blockwise = "blockwise"  # per block of 128 x 128 (weights) or 1 x 128, as DeepSeek-V3 (arXiv 2412.19437)
+
+
+class Recompute(str, Enum):
+    """What the backward pass computes again instead of keeping it."""
+
+    none = "none"
+    mlp = "mlp"  # each layer's MLP: about half of a layer's activations for a third of its MLP's forward and backward
+    full = "full"  # whole layers: only their inputs are kept
+
+
+class ContextComm(str, Enum):
+    """How attention sees the other context-parallel ranks' tokens."""
+
+    all_gather = "all_gather"  # keys and values of all ranks on each
+    p2p = "p2p"  # keys and values go round a ring while attention works; Transformer Engine's, needs a GPU
+    a2a = "a2a"  # each rank gets all tokens of some heads (Ulysses, arXiv 2309.14509)
+
+
 class Schedule(str, Enum):
     """Learning rate after the warm-up."""
 
@@ -142,6 +166,7 @@ class DataConfig:
     index: str = "outputs/index"  # folder for what is known of each shard; may be shared by runs and corpora
     sequence_length: int = 4096  # tokens in a pack
     max_tiles: int = 64  # tiles in a pack
+    max_documents: int = 128  # documents in a pack
     oversize: Oversize = Oversize.drop
     max_bad_fraction: float = 0.1  # of the samples a process read; with more that can't be decoded the run stops
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -158,12 +183,26 @@ class ParallelConfig:
     virtual_pipeline: Optional[int] = None  # model chunks per pipeline rank
     first_stage_layers: Optional[int] = None  # decoder layers beside the ViT on the first pipeline rank
     context: int = 1
+    context_comm: ContextComm = ContextComm.all_gather
+    share_tiles: bool = True  # tensor- and context-parallel ranks split the ViT's tiles instead of all doing all
+    overlap: bool = True  # reduce gradients (and gather sharded parameters) while the model works
     distributed_optimizer: bool = False  # shard optimizer states over data-parallel ranks; needs a GPU
+
+
+@dataclass
+class Fp8Config:
+    """FP8 matrix products by Transformer Engine; embeddings, output layer, norms and attention stay in ``dtype``."""
+
+    recipe: Optional[Fp8Recipe] = None  # null: no FP8
+    parts: List[Part] = field(default_factory=lambda: [Part.language])
+    bf16_first_layers: int = 0  # of the language model, left in BF16
+    bf16_last_layers: int = 0
 
 
 @dataclass
 class PrecisionConfig:
     dtype: Dtype = Dtype.bf16
+    fp8: Fp8Config = field(default_factory=Fp8Config)
 
 
 @dataclass
@@ -182,9 +221,21 @@ class OptimConfig:
 
 
 @dataclass
+class RecomputeConfig:
+    """Memory for time, chosen for each transformer."""
+
+    vision: Recompute = Recompute.none
+    language: Recompute = Recompute.none
+    language_layers: Optional[int] = None  # layers of a pipeline rank that do so; null: all
+
+
+@dataclass
 class TrainConfig:
     steps: int = MISSING  # optimizer steps
     global_batch_size: int = 1  # packs in an optimizer step, over all ranks
+    micro_batch_size: int = 1  # packs that go through the model together, laid end to end
+    cuda_graphs: bool = False  # replay each decoder layer as a CUDA graph; needs a GPU
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     freeze: List[Part] = field(default_factory=list)
     save_every: int = 1000  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # newest checkpoints kept; -1 keeps all
