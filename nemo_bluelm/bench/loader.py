@@ -4,18 +4,16 @@ CPU time is that of the whole process, all its threads, per image; it is what a 
 Rounds interleave what is compared, and ratios are taken within a round.
 """
 
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from statistics import mean, median
 
 import torch
 from torch import Tensor
 
+from nemo_bluelm.bench.machine import machine, versions
 from nemo_bluelm.data.decode import get_backend
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.geometry import Geometry
@@ -144,8 +142,8 @@ def _add_parity(rows: list[dict], paths: dict[str, Path], geometry: Geometry, im
 def _report(device: str, geometry: Geometry, images: list, rounds: int, threads: int, rows: list, notes: list) -> dict:
     return {
         "bench": "loader",
-        "machine": _machine(device),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": machine(device),
+        "versions": versions(_PACKAGES),
         "settings": {
             "device": device,
             "geometry": asdict(geometry),
@@ -158,23 +156,3 @@ def _report(device: str, geometry: Geometry, images: list, rounds: int, threads:
         "paths": rows,
         "notes": notes,
     }
-
-
-def _machine(device: str) -> dict:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.machine()
-    gpu = {"gpu": torch.cuda.get_device_name()} if device == "gpu" else {}
-    return {"cpu": model, "cores": os.cpu_count(), "simd": torch.backends.cpu.get_cpu_capability(), **gpu}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

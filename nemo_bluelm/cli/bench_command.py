@@ -4,7 +4,13 @@ import argparse
 
 from nemo_bluelm.cli.group import add_commands
 
-COMMANDS = {"loader": "time the decode backends beside transformers' LLaVA-NeXT processors, or on a GPU"}
+COMMANDS = {
+    "train": "time a recipe's training steps, through the real loader",
+    "peers": "time a recipe's training beside the same model in Hugging Face transformers",
+    "vision": "time ViT and projector beside transformers' SigLIP",
+    "corpus": "make the corpus that train and peers use, to carry it to another machine",
+    "loader": "time the decode backends beside transformers' LLaVA-NeXT processors, or on a GPU",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

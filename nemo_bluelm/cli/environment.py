@@ -48,7 +48,7 @@ _PACKAGES = [
     (("megatron-core",), True, "model, parallelism, optimizer", None),
     (("pyarrow",), True, "index of the data", "pyarrow.ipc"),
     (("transformer-engine",), False, "fused layers and attention, FP8 (GPU)", "transformer_engine.pytorch"),
-    (("apex",), False, "fused optimizer where Transformer Engine is absent (GPU)", "apex.optimizers"),
+    (("apex",), False, "fused kernels where Transformer Engine is absent (GPU)", "apex.optimizers"),
     (("nvidia-dali-cuda130", "nvidia-dali-cuda120"), False, "image decoding", "nvidia.dali"),
     (("nvidia-modelopt",), False, "pruning, quantised export", None),
     (("datatrove",), False, "curation", None),
@@ -128,14 +128,14 @@ def _range_state(name: str, version: str) -> tuple[str, str]:
 
 
 def _requirements() -> dict:
-    """This project's own requirements by name; none where it runs from a checkout without being installed."""
+    """This project's requirements, those of its extras too, by name; none where it is not installed itself."""
     try:
         from packaging.requirements import Requirement
 
         lines = importlib.metadata.requires("nemo-bluelm") or []
     except (ImportError, importlib.metadata.PackageNotFoundError):
         return {}
-    requirements = [Requirement(line) for line in lines if "extra ==" not in line]
+    requirements = map(Requirement, lines)
     return {requirement.name: requirement for requirement in requirements}
 
 
@@ -170,19 +170,28 @@ def _slurm() -> Item:
 
 
 def _used(state: dict[str, str], gpu: bool) -> list[dict]:
+    """Which implementation each part of a training step uses here, and why; the choice is in ``model.config``."""
     engine, apex = state["transformer-engine"], state["apex"]
-    layers = "Transformer Engine is " + ("installed" if engine == "ok" else engine)
-    if engine == "ok":
-        optimizer = ("Transformer Engine FusedAdam", layers)
-    elif apex == "ok":
-        optimizer = ("apex FusedAdam", f"{layers}, apex is installed")
-    else:
-        optimizer = ("torch AdamW", f"{layers}, apex is {apex}")
+    te, with_apex = engine == "ok" and gpu, apex == "ok" and gpu
+    installed = "Transformer Engine is " + ("installed" if engine == "ok" else engine)
+    layers = installed if gpu else "no CUDA device"
+    instead = f"{layers}, apex is {'installed' if apex == 'ok' else apex}" if gpu else layers
+
+    def choice(with_te: str, otherwise: str, with_apex_only: str = "") -> tuple[str, str]:
+        if te:
+            return f"Transformer Engine {with_te}", layers
+        return (f"apex {with_apex_only}", instead) if with_apex_only and with_apex else (otherwise, instead)
+
     dali = "installed" if state["nvidia-dali-cuda130"] == "ok" else state["nvidia-dali-cuda130"]
     rows = [
-        ("attention", "Transformer Engine" if engine == "ok" else "torch SDPA, packs by cu_seqlens", layers),
-        ("norm", "Transformer Engine" if engine == "ok" else "torch", layers),
-        ("optimizer", *optimizer),
+        ("attention", *choice("fused attention (cuDNN) on packs", "torch SDPA, packs by cu_seqlens")),
+        ("RoPE", *choice("fused RoPE on packs", "Megatron-Core")),
+        ("norm", *choice("norm fused with the linear layer", "torch")),
+        ("MLP", *choice("LayerNormMLP", "Megatron-Core")),
+        ("FP8", *choice("delayed, current or blockwise scaling", "none; a recipe that asks for it is refused")),
+        ("cross-entropy", *choice("cross-entropy", "Megatron-Core")),
+        ("weight gradients", *choice("added up in the product", "added up by autograd", "added up in the product")),
+        ("optimizer", *choice("FusedAdam", "torch AdamW", "FusedAdam")),
         ("image decoding", "torch on the CPU, or as data.decode says", f"DALI is {dali}"),
         ("collectives", "NCCL" if gpu else "gloo", "a CUDA device is here" if gpu else "no CUDA device"),
         ("device", "CUDA" if gpu else "CPU, through the adapter", "a CUDA device is here" if gpu else "no CUDA device"),
@@ -199,7 +208,7 @@ def _add(state: dict[str, str], torch: dict | None) -> list[dict]:
         lines.append(
             {
                 "for": "Transformer Engine, on a machine with a CUDA toolkit",
-                "command": "pip install --no-build-isolation 'transformer-engine[pytorch]'",
+                "command": "pip install --no-build-isolation 'transformer-engine[pytorch]>=2.9,<2.10'",
             }
         )
     if state["nvidia-dali-cuda130"] != "ok":

@@ -27,6 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WxH",
         help="count the tokens of this image size, in pixels; repeatable",
     )
+    parser.add_argument(
+        "--device", metavar="GPU", help="kind of GPU (h100, h200, a100, a100_40, b200): memory and time"
+    )
+    parser.add_argument(
+        "--tiles", type=_count, metavar="N", help="image tiles in every pack; default: the most that a pack can hold"
+    )
+    parser.add_argument(
+        "--propose",
+        action="store_true",
+        help="the fastest layout that fits --world-size GPUs of --device, and how it scales to 1024",
+    )
     add_json_argument(parser)
 
 
@@ -36,17 +47,30 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the recipe cannot train, whatever data it is given.
     """
-    from nemo_bluelm.config.checks import check_recipe
     from nemo_bluelm.config.compose import load_without_data
+    from nemo_bluelm.errors import UserError
+    from nemo_bluelm.planner.devices import find_device
+    from nemo_bluelm.planner.memory import most_tiles
+    from nemo_bluelm.planner.summary import check_layout, device_summary, flops_summary
 
+    device = find_device(args.device) if args.device else None
+    if args.propose and not (device and args.world_size):
+        raise UserError("--propose needs to know for what; add --world-size N --device h100")
     recipe, missing, config = load_without_data(args.recipe, args.overrides)
-    check_recipe(recipe, args.world_size)
+    tiles = most_tiles(recipe) if args.tiles is None else args.tiles
+    check_layout(recipe, args.world_size, device, tiles)
+    on_device = None
+    if device is not None:
+        world_size = args.world_size or _model_ranks(recipe)
+        on_device = device_summary(recipe, world_size, device, tiles, args.propose)
     plan = {
         "config": config,
         "missing": missing,
         "params": _parameters(recipe),
         "images": _images(recipe, args.image or _SIZES),
         "layout": _layout(recipe, args.world_size),
+        "flops": flops_summary(recipe, tiles),
+        "device": on_device,
     }
     if args.json:
         print(json.dumps(plan, indent=2))
@@ -60,6 +84,16 @@ def _size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, for example 1080x2400")
     return int(match[1]), int(match[2])
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def _model_ranks(recipe: "Recipe") -> int:
+    return recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
 
 
 def _parameters(recipe: "Recipe") -> dict[str, int]:
@@ -94,13 +128,13 @@ def _layout(recipe: "Recipe", world_size: int | None) -> dict:
         "pipeline": parallel.pipeline,
         "virtual_pipeline": parallel.virtual_pipeline,
         "context": parallel.context,
-        "ranks_per_model": parallel.tensor * parallel.pipeline * parallel.context,
+        "ranks_per_model": _model_ranks(recipe),
         "tokens_per_step": recipe.train.global_batch_size * recipe.data.sequence_length,
     }
     if world_size is not None:
         layout["world_size"] = world_size
         layout["data"] = world_size // layout["ranks_per_model"]
-        layout["microbatches"] = recipe.train.global_batch_size // layout["data"]
+        layout["microbatches"] = recipe.train.global_batch_size // layout["data"] // recipe.train.micro_batch_size
     return layout
 
 
@@ -141,3 +175,9 @@ def _show(plan: dict, recipe: "Recipe") -> None:
             name.replace("_", " "), "-" if value is None else f"{value:,}" if type(value) is int else str(value)
         )
     console.print(table)
+
+    from nemo_bluelm.cli.plan_tables import show_device, show_flops
+
+    show_flops(console, plan["flops"])
+    if plan["device"] is not None:
+        show_device(console, plan["device"])

@@ -1,10 +1,25 @@
 """Checks across keys: what a type can't say. Each failure is one line with the key, the value and the way out."""
 
 import math
+from importlib.util import find_spec
 from typing import Iterator
 
-from nemo_bluelm.config.schema import DecodeBackend, DecodeDevice, Part, Recipe, Schedule, geometry_of
+from nemo_bluelm.config.layout import alignment, layout_problem
+from nemo_bluelm.config.schema import (
+    ContextComm,
+    DecodeBackend,
+    DecodeDevice,
+    Dtype,
+    Fp8Recipe,
+    Part,
+    Recipe,
+    Recompute,
+    Schedule,
+    geometry_of,
+)
 from nemo_bluelm.errors import UserError
+
+__all__ = ["alignment", "check_machine", "check_recipe"]
 
 
 def check_recipe(recipe: Recipe, world_size: int | None) -> None:
@@ -17,23 +32,27 @@ def check_recipe(recipe: Recipe, world_size: int | None) -> None:
     Raises:
         UserError: the first thing that is wrong.
     """
-    for check in (_ranges, _names, _mixture, _vision, _language, _context, _layout, _schedule, _freeze):
+    for check in (_ranges, _names, _mixture, _vision, _language, _context, _precision, _recompute, _schedule, _freeze):
         for message in check(recipe):
             raise UserError(message)
-    if world_size is not None:
-        for message in _world(recipe, world_size):
-            raise UserError(message)
+    if message := layout_problem(recipe, world_size):
+        raise UserError(message)
 
 
 def check_machine(recipe: Recipe) -> None:
     """Refuse a recipe that needs what this machine lacks; torch is imported only when the recipe asks for it.
 
     Raises:
-        UserError: a GPU-only setting without a CUDA device.
+        UserError: a GPU-only setting without a CUDA device, a device without FP8, no Transformer Engine.
     """
+    parallel, fp8 = recipe.parallel, recipe.precision.fp8.recipe
+    ring = parallel.context > 1 and parallel.context_comm == ContextComm.p2p
     wants_gpu = {
-        "parallel.distributed_optimizer is true": (recipe.parallel.distributed_optimizer, "false"),
+        "parallel.distributed_optimizer is true": (parallel.distributed_optimizer, "false"),
         "data.decode.device is gpu": (recipe.data.decode.device == DecodeDevice.gpu, "cpu"),
+        "train.cuda_graphs is true": (recipe.train.cuda_graphs, "false"),
+        "parallel.context_comm is p2p": (ring, "all_gather"),
+        f"precision.fp8.recipe is {fp8 and fp8.value}": (fp8 is not None, "null"),
     }
     for what, (wanted, instead) in wants_gpu.items():
         if wanted:
@@ -42,15 +61,24 @@ def check_machine(recipe: Recipe) -> None:
             if not torch.cuda.is_available():
                 key = what.split()[0]
                 raise UserError(f"{what} and this machine has no CUDA device; set {key}={instead}")
-
-
-def alignment(recipe: Recipe) -> int:
-    """Tokens to a multiple of which every segment of a pack is padded.
-
-    Context parallelism cuts each segment into 2 * context chunks, a pair per rank.
-    """
-    context = recipe.parallel.context
-    return 2 * context if context > 1 else 1
+    wants_engine = {
+        "parallel.context_comm is p2p": ring,
+        f"precision.fp8.recipe is {fp8 and fp8.value}": fp8 is not None,
+    }
+    for what, wanted in wants_engine.items():
+        if wanted and find_spec("transformer_engine") is None:
+            instead = wants_gpu[what][1]
+            raise UserError(
+                f"{what}, which needs Transformer Engine; pip install 'nemo-bluelm[gpu]', or set "
+                f"{what.split()[0]}={instead}"
+            )
+    if fp8 is not None:
+        needed, found = ((9, 0) if fp8 == Fp8Recipe.blockwise else (8, 9)), torch.cuda.get_device_capability()
+        if found < needed:
+            raise UserError(
+                f"precision.fp8.recipe is {fp8.value}, which needs compute capability {needed[0]}.{needed[1]}, and "
+                f"{torch.cuda.get_device_name()} has {found[0]}.{found[1]}; set precision.fp8.recipe=null"
+            )
 
 
 # Key -> (smallest allowed value, whether that value itself is allowed).
@@ -74,6 +102,7 @@ _LIMITS = {
     "model.language.yarn.original_max_position_embeddings": (1, True),
     "data.sequence_length": (1, True),
     "data.max_tiles": (1, True),
+    "data.max_documents": (1, True),
     "data.max_bad_fraction": (0, True),
     "data.decode.threads": (0, True),
     "data.decode.prefetch": (0, True),
@@ -82,6 +111,8 @@ _LIMITS = {
     "parallel.virtual_pipeline": (2, True),
     "parallel.first_stage_layers": (1, True),
     "parallel.context": (1, True),
+    "precision.fp8.bf16_first_layers": (0, True),
+    "precision.fp8.bf16_last_layers": (0, True),
     "optim.lr": (0, False),
     "optim.min_lr": (0, True),
     "optim.warmup_steps": (0, True),
@@ -92,6 +123,8 @@ _LIMITS = {
     "optim.clip_grad": (0, True),
     "train.steps": (1, True),
     "train.global_batch_size": (1, True),
+    "train.micro_batch_size": (1, True),
+    "train.recompute.language_layers": (1, True),
     "train.save_every": (1, True),
     "train.log_every": (1, True),
     "seed": (0, True),
@@ -185,53 +218,6 @@ def _context(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _layout(recipe: Recipe) -> Iterator[str]:
-    yield from _tensor(recipe)
-    yield from _pipeline(recipe)
-    parallel, length = recipe.parallel, recipe.data.sequence_length
-    if parallel.sequence and parallel.tensor == 1:
-        yield "parallel.sequence is true with parallel.tensor 1; set it to false, or parallel.tensor to 2 or more"
-    # A rank holds length / context tokens, and sequence parallelism cuts those again.
-    parts = (2 * parallel.context if parallel.context > 1 else 1) * (parallel.tensor if parallel.sequence else 1)
-    if length % parts:
-        why = " * ".join(["2 * parallel.context"] * (parallel.context > 1) + ["parallel.tensor"] * parallel.sequence)
-        yield _not_multiple("data.sequence_length", length, why, parts)
-
-
-def _tensor(recipe: Recipe) -> Iterator[str]:
-    tensor = recipe.parallel.tensor
-    language = recipe.model.language  # the ViT and the projector are whole on every rank
-    for key, value in (
-        ("model.language.num_attention_heads", language.num_attention_heads),
-        ("model.language.num_query_groups", language.num_query_groups),
-        ("model.language.ffn_hidden_size", language.ffn_hidden_size),
-        ("model.language.vocab_size", language.vocab_size),
-    ):
-        if value % tensor:
-            way_out = f"or choose parallel.tensor={_nearest_divisor(value, tensor)}"
-            yield f"{_not_multiple(key, value, 'parallel.tensor', tensor)}; {way_out}"
-
-
-def _pipeline(recipe: Recipe) -> Iterator[str]:
-    parallel, layers = recipe.parallel, recipe.model.language.num_layers
-    stages, first, virtual = parallel.pipeline, parallel.first_stage_layers, parallel.virtual_pipeline
-    for key, value in (("virtual_pipeline", virtual), ("first_stage_layers", first)):
-        if value is not None and stages == 1:
-            yield f"parallel.{key} is {value} with parallel.pipeline 1; set it to null, or raise parallel.pipeline"
-    rest, ranks, counted = layers, stages, "model.language.num_layers"
-    if first is not None and stages > 1:
-        if first >= layers:
-            yield f"parallel.first_stage_layers is {first}; it must be below model.language.num_layers {layers}"
-        if virtual is not None and first % virtual:
-            yield _not_multiple("parallel.first_stage_layers", first, "parallel.virtual_pipeline", virtual)
-        rest, ranks, counted = layers - first, stages - 1, "model.language.num_layers less parallel.first_stage_layers"
-    parts = ranks * (virtual or 1)
-    if rest % parts:
-        by = "pipeline stages" if virtual is None else "pipeline stages times virtual_pipeline"
-        nearest = _nearest_multiple(rest, parts)
-        yield f"{counted} is {rest}, not a multiple of the {parts} {by}; the nearest is {nearest}"
-
-
 def _schedule(recipe: Recipe) -> Iterator[str]:
     optim, steps = recipe.optim, recipe.train.steps
     if optim.warmup_steps > steps:
@@ -247,29 +233,54 @@ def _freeze(recipe: Recipe) -> Iterator[str]:
         yield "train.freeze lists vision, projector and language, so nothing is left to train; leave one out"
 
 
-def _world(recipe: Recipe, world_size: int) -> Iterator[str]:
-    parallel, batch = recipe.parallel, recipe.train.global_batch_size
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    sizes = f"tensor {parallel.tensor} * pipeline {parallel.pipeline} * context {parallel.context} = {model_ranks}"
-    if world_size % model_ranks:
-        yield (
-            f"parallel: {sizes}, and the job has {world_size} {'process' if world_size == 1 else 'processes'}; "
-            f"their number must be a multiple, for example --nproc {_nearest_multiple(world_size, model_ranks)}"
-        )
+def _precision(recipe: Recipe) -> Iterator[str]:
+    fp8, layers = recipe.precision.fp8, recipe.model.language.num_layers
+    bf16_layers = {"bf16_first_layers": fp8.bf16_first_layers, "bf16_last_layers": fp8.bf16_last_layers}
+    if fp8.recipe is None:
+        for name, value in bf16_layers.items():
+            if value:
+                yield f"precision.fp8.{name} is {value} without precision.fp8.recipe; set it to 0, or choose a recipe"
         return
-    data = world_size // model_ranks
-    if batch % data:
+    dtype = recipe.precision.dtype
+    if dtype != Dtype.bf16:
+        yield f"precision.fp8.recipe is {fp8.recipe.value} with precision.dtype {dtype.value}; set precision.dtype=bf16"
+    if not fp8.parts:
+        yield "precision.fp8.parts is empty; it must list language or vision, or set precision.fp8.recipe=null"
+    if Part.projector in fp8.parts:
+        yield "precision.fp8.parts lists projector, which stays in BF16; leave it out"
+    if Part.vision in fp8.parts and fp8.recipe != Fp8Recipe.current:
+        # Blocks of 128 don't divide the ViT's rows, and delayed scaling waits for ranks whose micro-batch has no tiles.
         yield (
-            f"{_not_multiple('train.global_batch_size', batch, 'data parallel size', data)} "
-            f"({world_size} processes / {model_ranks})"
+            f"precision.fp8.parts lists vision with precision.fp8.recipe {fp8.recipe.value}; leave it out, or set "
+            "precision.fp8.recipe=current"
         )
-        return
-    microbatches = batch // data
-    if parallel.virtual_pipeline is not None and microbatches % parallel.pipeline:
+    for name, value in bf16_layers.items():
+        if value and fp8.recipe == Fp8Recipe.delayed:
+            yield (
+                f"precision.fp8.{name} is {value} with precision.fp8.recipe delayed, which has no BF16 layers; set it "
+                "to 0, or precision.fp8.recipe=current"
+            )
+    if sum(bf16_layers.values()) > layers:
         yield (
-            f"train.global_batch_size is {batch}, {microbatches} micro-batches a rank; parallel.virtual_pipeline needs "
-            f"a multiple of parallel.pipeline {parallel.pipeline}; the nearest is "
-            f"{_nearest_multiple(microbatches, parallel.pipeline) * data}"
+            f"precision.fp8.bf16_first_layers {fp8.bf16_first_layers} and bf16_last_layers {fp8.bf16_last_layers} are "
+            f"more than model.language.num_layers {layers}"
+        )
+
+
+def _recompute(recipe: Recipe) -> Iterator[str]:
+    recompute, layers = recipe.train.recompute, recipe.model.language.num_layers
+    count, language = recompute.language_layers, recompute.language.value
+    if count is not None and recompute.language != Recompute.full:
+        yield (
+            f"train.recompute.language_layers is {count} with train.recompute.language {language}; only full counts "
+            "layers: set train.recompute.language=full, or train.recompute.language_layers=null"
+        )
+    if count is not None and count > layers:
+        yield f"train.recompute.language_layers is {count}; it must be at most model.language.num_layers {layers}"
+    if recipe.train.cuda_graphs and recompute.language != Recompute.none:
+        yield (
+            f"train.cuda_graphs is true with train.recompute.language {language}; a graph can't compute again, set "
+            "train.recompute.language=none or train.cuda_graphs=false"
         )
 
 

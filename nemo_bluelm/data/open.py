@@ -63,7 +63,8 @@ def open_data(
         name: Source(shards[name], source.weight, source.max_epochs, dict(source.resample))
         for name, source in data.sources.items()
     }
-    plan = MixturePlan(index, sources, seed, data.sequence_length, data.max_tiles, alignment, _plain(data.oversize))
+    limits = data.sequence_length, data.max_tiles, alignment, _plain(data.oversize), data.max_documents
+    plan = MixturePlan(index, sources, seed, *limits)
     return PackLoader(plan, Files(data.root), tokenizer, geometry, backend, data.max_bad_fraction)
 
 

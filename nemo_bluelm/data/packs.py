@@ -19,6 +19,7 @@ _WIRE = {
     "cu_seqlens": np.int32,
     "cu_seqlens_padded": np.int32,
 }
+_ROWS = ("tokens", "labels", "loss_mask", "position_ids")
 _FIELDS = {**_WIRE, "tokens": np.int64, "labels": np.int64, "loss_mask": np.float32, "position_ids": np.int64}
 
 
@@ -45,6 +46,9 @@ class PackedBatch:
         cu_seqlens_padded: int32 [n + 1], cumulative padded lengths.
         max_seqlen: longest padded segment, the tail included.
         tiles: uint8 [tiles, 3, T, T], in the order of their ``<image>`` tokens; may have 0 tiles.
+        bounds: ``cu_seqlens_padded`` as integers of the host: reading a GPU's tensor would wait for the GPU.
+        shares: by rank of the tensor and context group the places of the tiles that it holds, where each holds some of
+            the row's tiles (see :mod:`nemo_bluelm.runtime.sharing`); None where ``tiles`` are all.
     """
 
     tokens: torch.Tensor
@@ -55,6 +59,12 @@ class PackedBatch:
     cu_seqlens_padded: torch.Tensor
     max_seqlen: int
     tiles: torch.Tensor
+    bounds: tuple[int, ...] = ()
+    shares: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self):
+        if not self.bounds:
+            object.__setattr__(self, "bounds", tuple(self.cu_seqlens_padded.tolist()))
 
     @property
     def num_tokens(self) -> int:
@@ -77,9 +87,61 @@ class PackedBatch:
             return cls(**text, max_seqlen=int(whole["max_seqlen"]), tiles=tiles)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same pack with every tensor on ``device``."""
+        """The same pack with every tensor on ``device``; a GPU fetches them without making the host wait."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return PackedBatch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        moved = {k: to_device(v, device) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return PackedBatch(**{**values, **moved})
+
+    def of_fixed_shape(self, documents: int) -> "PackedBatch":
+        """The same pack with room for ``documents`` segments, the missing ones empty and at its end, and the whole row
+        as ``max_seqlen``: numbers that don't change from pack to pack, as a CUDA graph needs.
+
+        Raises:
+            ValueError: it has more segments.
+        """
+        missing = documents + 1 - len(self.cu_seqlens)
+        if missing < 0:
+            raise ValueError(f"the pack has {len(self.cu_seqlens) - 1} segments, more than {documents}")
+        padded, real = self.cu_seqlens_padded, self.cu_seqlens
+        return dataclasses.replace(
+            self,
+            cu_seqlens=torch.cat([real, real[-1:].expand(missing)]),
+            cu_seqlens_padded=torch.cat([padded, padded[-1:].expand(missing)]),
+            max_seqlen=self.tokens.size(1),
+            bounds=(),
+        )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """``tensor`` on ``device``. A plain copy from the host would wait until the GPU has done all that was queued."""
+    device = torch.device(device)
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def join(packs: Sequence[PackedBatch]) -> PackedBatch:
+    """Packs laid end to end in one row; segments stay apart, so each computes what it does alone.
+
+    Args:
+        packs: one or more, none of them shared out.
+    """
+    if len(packs) == 1:
+        return packs[0]
+    rows = {name: torch.cat([getattr(pack, name) for pack in packs], dim=1) for name in _ROWS}
+    return PackedBatch(
+        **rows,
+        cu_seqlens=_end_to_end([pack.cu_seqlens for pack in packs]),
+        cu_seqlens_padded=_end_to_end([pack.cu_seqlens_padded for pack in packs]),
+        max_seqlen=max(pack.max_seqlen for pack in packs),
+        tiles=torch.cat([pack.tiles for pack in packs]),
+    )
+
+
+def _end_to_end(offsets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Offset vectors that each start at 0 as one."""
+    lengths = torch.cat([offset.diff() for offset in offsets])
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
 
 
 def padded_length(length: int, alignment: int) -> int:

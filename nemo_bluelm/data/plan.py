@@ -12,7 +12,7 @@ from nemo_bluelm.data.packs import padded_length
 from nemo_bluelm.data.table import Limits, Source, SourceTable
 from nemo_bluelm.errors import UserError
 
-VERSION = 2  # raise it with any change of order or packing: a run planned by another version then refuses to resume
+VERSION = 3  # raise it with any change of order or packing: a run planned by another version then refuses to resume
 LOOKAHEAD = 64  # samples of a source that wait for a pack they fit into; more pack better and mix over a wider stretch
 _CHUNK = 1024  # positions whose samples are looked up at once; does not change the plan
 
@@ -50,7 +50,7 @@ class MixturePlan:
       have one that fits. A source may run ahead by its share of one pack; rather than more, a pack stays short.
     - *Order*: each source's samples come in a permutation that depends on (seed, source, epoch) only.
     - *Packing*: of each source ``LOOKAHEAD`` samples wait; the oldest goes in if it fits, else the largest that does,
-      within both the token cap and the tile cap. A pack opens with the oldest of the neediest source, so none waits
+      within the caps of tokens, tiles and documents. A pack opens with the oldest of the neediest source, so none waits
       for ever.
     - *Elasticity*: the order knows nothing of ranks. They take packs in turn, so any data-parallel size that divides a
       global batch gives the same batches.
@@ -63,6 +63,7 @@ class MixturePlan:
         max_tiles: tiles in a pack.
         alignment: each piece takes its length rounded up to a multiple of this.
         oversize: see :class:`nemo_bluelm.data.table.Limits`.
+        max_documents: pieces in a pack.
 
     Attributes:
         index: the index it was planned from.
@@ -82,8 +83,9 @@ class MixturePlan:
         max_tiles: int = 64,
         alignment: int = 1,
         oversize: str = "drop",
+        max_documents: int = 128,
     ):
-        limits = Limits(sequence_length, max_tiles, oversize)
+        limits = Limits(sequence_length, max_tiles, oversize, max_documents)
         if sequence_length % alignment:
             nearest = max(1, round(sequence_length / alignment)) * alignment
             raise UserError(
@@ -96,7 +98,8 @@ class MixturePlan:
             source.check(name)
         self.tables = [SourceTable(name, sources[name], index, limits) for name in sorted(sources)]
         self.index = index
-        self.sequence_length, self.max_tiles, self.alignment = sequence_length, max_tiles, alignment
+        self.sequence_length, self.alignment = sequence_length, alignment
+        self.max_tiles, self.max_documents = max_tiles, max_documents
         self._queues = [_Queue(i, table, seed, alignment) for i, table in enumerate(self.tables)]
         self._number = 0
         self.identity = _identity(index, self.tables, seed, limits, alignment)
@@ -107,7 +110,7 @@ class MixturePlan:
     def __next__(self) -> Pack:
         """The next pack; StopIteration when every source has reached its ``max_epochs``."""
         pieces, room, tiles = [], self.sequence_length, self.max_tiles
-        while room and (piece := self._next_piece(room, tiles)):
+        while room and len(pieces) < self.max_documents and (piece := self._next_piece(room, tiles)):
             pieces.append(piece)
             room -= padded_length(piece.tokens, self.alignment)
             tiles -= piece.tiles
@@ -261,6 +264,7 @@ def _identity(index: Index, tables: list[SourceTable], seed: int, limits: Limits
         "seed": seed,
         "data.sequence_length": limits.sequence_length,
         "data.max_tiles": limits.max_tiles,
+        "data.max_documents": limits.max_documents,
         "data.oversize": limits.oversize,
         "alignment of documents": alignment,
         **index.settings,

@@ -65,12 +65,15 @@ class Limits:
     sequence_length: int
     max_tiles: int
     oversize: str = "drop"
+    max_documents: int = 128
 
     def __post_init__(self):
         if self.sequence_length < 2:
             raise UserError(f"data.sequence_length is {self.sequence_length}; it must be 2 or more")
         if self.max_tiles < 1:
             raise UserError(f"data.max_tiles is {self.max_tiles}; it must be 1 or more")
+        if self.max_documents < 1:
+            raise UserError(f"data.max_documents is {self.max_documents}; it must be 1 or more")
         if self.oversize not in OVERSIZE:
             raise UserError(f"data.oversize is {self.oversize!r}; it must be one of {', '.join(OVERSIZE)}")
 

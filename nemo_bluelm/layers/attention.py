@@ -1,27 +1,40 @@
-"""Core attention without Transformer Engine: packs, grouped queries, context parallelism, full attention."""
+"""Attention on packs: inside each document, over context-parallel ranks, and over whole sequences without a pack."""
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from nemo_bluelm.layers.context import context_indices
+from nemo_bluelm.layers.context import Bounds, Spans, document_order, visible_keys, whole_documents
+
+
+@dataclass
+class PackParams(PackedSeqParams):
+    """Megatron-Core's description of a pack, and where its documents lie as integers of the host (n + 1 offsets)."""
+
+    bounds: Bounds | None = None
 
 
 class PackedAttention(MegatronModule):
-    """``core_attention`` of Megatron-Core's ``SelfAttention`` on PyTorch's scaled-dot-product attention.
+    """``core_attention`` of Megatron-Core's ``SelfAttention`` on packs, with any context parallelism around one kernel.
 
     Megatron-Core's ``DotProductAttention`` takes a dense mask and knows neither packs nor context parallelism; this
-    class has the interface of ``TEDotProductAttention`` instead, so that the same model runs with either.
+    class has the interface of ``TEDotProductAttention`` instead, so that the same model runs with either. The kernel is
+    :meth:`varlen`, here PyTorch's scaled-dot-product attention a document at a time; a subclass can bring another.
     Dropout is not supported: BlueLM trains without.
+
+    Args:
+        cp_comm_type: how context-parallel ranks see each other's tokens, "all_gather" or "a2a".
     """
 
     def __init__(
@@ -39,6 +52,10 @@ class PackedAttention(MegatronModule):
         self.cp_group = pg_collection.cp
         self.causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         self.softmax_scale = softmax_scale
+        ways = {"all_gather": self._all_gather, "a2a": self._all_to_all}
+        if self.cp_group.size() > 1 and (cp_comm_type or "all_gather") not in ways:
+            raise ValueError(f"cp_comm_type {cp_comm_type!r} is none of {', '.join(ways)}")
+        self._over_ranks = ways.get(cp_comm_type, self._all_gather)
 
     def forward(
         self,
@@ -48,14 +65,14 @@ class PackedAttention(MegatronModule):
         attention_mask: Optional[Tensor] = None,
         attn_mask_type: Optional[AttnMaskType] = None,
         attention_bias: Optional[Tensor] = None,
-        packed_seq_params: Optional[PackedSeqParams] = None,
+        packed_seq_params: Optional[PackParams] = None,
     ) -> Tensor:
         """Attend inside each document of a pack, or over whole sequences when there is no pack.
 
         Args:
             query: [t, heads, d] with a pack, [s, b, heads, d] without.
             key, value: as ``query``, with ``groups`` heads.
-            packed_seq_params: documents in ``thd`` format; ``cu_seqlens_q_padded`` tells where each one lies.
+            packed_seq_params: the documents; their padded bounds tell where each one lies.
 
         Returns:
             [t, heads, d] with a pack, [s, b, heads * d] without.
@@ -63,29 +80,47 @@ class PackedAttention(MegatronModule):
         if packed_seq_params is None:
             out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), causal=self.causal)
             return out.permute(2, 0, 1, 3).flatten(2)
-        bounds = packed_seq_params.cu_seqlens_q_padded
-        if self.cp_group.size() > 1:
-            return self._forward_context_parallel(query, key, value, bounds)
-        lengths = bounds.diff().tolist()
-        documents = zip(query.split(lengths), key.split(lengths), value.split(lengths))
-        return torch.cat([self._attend_rows(q, k, v) for q, k, v in documents])
+        bounds = packed_seq_params.bounds
+        if self.cp_group.size() == 1:
+            return self.varlen(query, key, value, whole_documents(bounds, query.device))
+        return self._over_ranks(query, key, value, bounds)
 
-    def _forward_context_parallel(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> Tensor:
-        """All-gather keys and values, put them back in document order, attend with this rank's two chunks."""
-        size = self.cp_group.size()
-        order = torch.cat([context_indices(bounds, size, rank) for rank in range(size)]).argsort()
+    def varlen(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+        """Attention of segments of queries to segments of keys.
+
+        Args:
+            query: [queries, heads, d].
+            key, value: [keys, groups, d].
+            spans: the pairs of segments; with a causal mask the last query of a pair sees its last key.
+
+        Returns:
+            [queries, heads, d].
+        """
+        queries, keys = ([end - start for start, end in pairwise(bounds)] for bounds in (spans.queries, spans.keys))
+        segments = zip(query.split(queries), key.split(keys), value.split(keys))
+        return torch.cat([self._attend_rows(q, k, v) for q, k, v in segments if len(q)])
+
+    def _all_gather(self, query: Tensor, key: Tensor, value: Tensor, bounds: Bounds) -> Tensor:
+        """Keys and values of all ranks on each; every one of this rank's chunks takes those that it sees."""
+        rows, spans = visible_keys(bounds, self.cp_group.size(), self.cp_group.rank(), query.device)
         # One gather for both; its backward sums the gradients of all ranks' queries and returns this rank's rows.
         both = gather_from_sequence_parallel_region(torch.stack((key, value), dim=1), group=self.cp_group)
-        key, value = both.index_select(0, order).unbind(1)
-        outputs, done = [], 0
-        starts = bounds.tolist()
-        for start, end in zip(starts, starts[1:]):
-            chunk = (end - start) // (2 * size)
-            for part in (self.cp_group.rank(), 2 * size - 1 - self.cp_group.rank()):
-                visible = slice(start, start + (part + 1) * chunk)
-                outputs.append(self._attend_rows(query[done : done + chunk], key[visible], value[visible]))
-                done += chunk
-        return torch.cat(outputs)
+        # A row is seen by two of the chunks at most, so its gradient is the same in any order of summation.
+        key, value = both.index_select(0, rows).unbind(1)
+        return self.varlen(query, key, value, spans)
+
+    def _all_to_all(self, query: Tensor, key: Tensor, value: Tensor, bounds: Bounds) -> Tensor:
+        """All rows of a share of the heads on each rank, for whole documents (Ulysses, arXiv 2309.14509)."""
+        size = self.cp_group.size()
+        to_pack, to_ranks = document_order(bounds, size, query.device)
+        # One exchange for all three: the heads of a rank lie together, queries, keys and values.
+        shares = [x.unflatten(1, (size, -1)) for x in (query, key, value)]
+        heads = [share.size(2) for share in shares]
+        mine = torch.cat(shares, 2).transpose(0, 1).flatten(0, 1)  # [size * t, heads + 2 * groups, d]
+        whole = all_to_all(self.cp_group, mine).index_select(0, to_pack)
+        out = self.varlen(*whole.split(heads, 1), whole_documents(bounds, query.device))
+        out = all_to_all(self.cp_group, out.index_select(0, to_ranks))
+        return out.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
 
     def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[q, heads, d] x [k, groups, d] -> [q, heads, d]; the last query sees the last key."""

@@ -9,14 +9,21 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_bluelm.layers.attention import PackedAttention
+from nemo_bluelm.layers.linear import BiasedRowParallelLinear
 from nemo_bluelm.layers.norm import LocalNorm
 
 
-def te_layer_spec() -> ModuleSpec:
-    """One layer of Transformer Engine modules (fused norm + linear, fused attention, FP8)."""
+def te_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """One layer of Transformer Engine modules (fused norm + linear, fused MLP, fused attention, FP8)."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec()
+    from nemo_bluelm.layers.te import FusedMLP, TEGatheredAttention, TEPackedAttention
+
+    spec = get_gpt_layer_with_transformer_engine_spec()
+    spec.submodules.mlp = ModuleSpec(module=FusedMLP)
+    gathered = config.context_parallel_size > 1 and config.cp_comm_type != "p2p"
+    spec.submodules.self_attention.submodules.core_attention = TEGatheredAttention if gathered else TEPackedAttention
+    return spec
 
 
 def local_layer_spec() -> ModuleSpec:
@@ -25,6 +32,7 @@ def local_layer_spec() -> ModuleSpec:
     spec.submodules.input_layernorm = LocalNorm
     spec.submodules.pre_mlp_layernorm = LocalNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    spec.submodules.mlp.submodules.linear_fc2 = BiasedRowParallelLinear
     return spec
 
 
@@ -36,7 +44,7 @@ def block_spec(config: TransformerConfig, causal: bool, vp_stage: Optional[int] 
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = te_layer_spec(), TENorm
+        layer, norm = te_layer_spec(config), TENorm
     else:
         layer, norm = local_layer_spec(), LocalNorm
     # Megatron-Core's own local ViT spec is causal, which a ViT must not be.

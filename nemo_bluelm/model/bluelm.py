@@ -4,14 +4,16 @@ from typing import Optional
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_bluelm.config.schema import ModelConfig, Part, geometry_of
 from nemo_bluelm.data.packs import PackedBatch
+from nemo_bluelm.layers.attention import PackParams
 from nemo_bluelm.layers.context import context_rows
+from nemo_bluelm.layers.tile_shares import gather_tiles
 from nemo_bluelm.model.config import LanguageTransformerConfig, vision_transformer_config
 from nemo_bluelm.model.language import LanguageModel
 from nemo_bluelm.model.projector import Projector
@@ -31,6 +33,7 @@ class BlueLMModel(MegatronModule):
         max_sequence_length: longest pack, in tokens.
         pre_process, post_process: this rank holds the first / last pipeline stage.
         vp_stage: index of the model chunk under virtual pipelining.
+        vision_config: of the ViT; None makes one beside ``config``, without FP8 and recomputation.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class BlueLMModel(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: Optional[int] = None,
+        vision_config: Optional[TransformerConfig] = None,
     ):
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
@@ -50,8 +54,9 @@ class BlueLMModel(MegatronModule):
         self.share_embeddings_and_output_weights = model.language.share_embeddings_and_output_weights
         if pre_process:
             geometry = geometry_of(model)
+            self._tokens_per_tile = geometry.tokens_per_tile
             device = None if config.use_cpu_initialization else torch.cuda.current_device()
-            self.vision = VisionTower(vision_transformer_config(model.vision, config), geometry)
+            self.vision = VisionTower(vision_config or vision_transformer_config(model.vision, config), geometry)
             self.projector = Projector(
                 model.vision.hidden_size, model.language.hidden_size, geometry, config.params_dtype, device
             )
@@ -74,22 +79,39 @@ class BlueLMModel(MegatronModule):
         """Called by Megatron to sum the tied embedding's gradients of the first and last stage."""
         return self.language.shared_embedding_or_output_weight()
 
-    def embed(self, tokens: Tensor, position_ids: Tensor, tiles: Tensor) -> Tensor:
+    def embed(
+        self, tokens: Tensor, position_ids: Tensor, tiles: Tensor, shares: Optional[tuple[tuple[int, ...], ...]] = None
+    ) -> Tensor:
         """Token embeddings with the visual tokens in their places.
 
         Args:
             tokens, position_ids: int64 [1, S].
             tiles: uint8 [n, 3, T, T] in the order in which their placeholders stand in the row; n may be 0.
+            shares: where each rank of the tensor and context group has some of the row's tiles, the places of those
+                that it has; None where ``tiles`` are all.
 
         Returns:
             [S, 1, hidden]; every tensor-parallel rank has the whole row.
         """
         embedded = self.language.embedding(input_ids=tokens, position_ids=position_ids)
-        if tiles.size(0) == 0:
-            return embedded + self._anchor()
-        visual = self.projector(self.vision(tiles)).flatten(0, 1)
-        places = (tokens == self.image_token_id).transpose(0, 1).unsqueeze(-1)  # [S, 1, 1]
-        return embedded.masked_scatter(places, visual.to(embedded.dtype))
+        count = tiles.size(0) if shares is None else sum(map(len, shares))
+        if count == 0:
+            return embedded + self._anchor().to(embedded)
+        visual = self._visual_tokens(tiles)
+        if shares is not None:
+            visual = gather_tiles(visual, shares)
+        visual = visual.flatten(0, 1).unsqueeze(1).to(embedded.dtype)  # [count * tokens of a tile, 1, hidden]
+        is_text = tokens[0] != self.image_token_id
+        torch._assert_async((~is_text).sum() == visual.size(0), "tiles don't fill the row's placeholders")
+        # Placeholders first, in order. Masks would be simpler, but selecting by one makes the host wait for the GPU.
+        places = is_text.to(torch.uint8).argsort(stable=True)[: visual.size(0)]
+        return embedded.index_copy(0, places, visual)
+
+    def _visual_tokens(self, tiles: Tensor) -> Tensor:
+        """uint8 [n, 3, T, T] -> [n, tokens of a tile, hidden], also for no tile: other ranks have theirs."""
+        if tiles.size(0):
+            return self.projector(self.vision(tiles))
+        return self._anchor().expand(0, self._tokens_per_tile, self.config.hidden_size)
 
     def _anchor(self) -> Tensor:
         """A zero that depends on every trainable weight of ViT and projector.
@@ -97,14 +119,15 @@ class BlueLMModel(MegatronModule):
         A micro-batch without images must still give these weights a gradient, or the overlapped gradient reduction
         waits forever for ranks whose micro-batch has none.
         """
-        weights = [w for part in (self.vision, self.projector) for w in part.parameters() if w.requires_grad]
-        return sum((w.sum() * 0.0 for w in weights), torch.zeros((), dtype=self.config.params_dtype))
+        weights = [w for part in (self.vision, self.projector) for w in part.parameters()]
+        nothing = torch.zeros((), dtype=self.config.params_dtype, device=weights[0].device)
+        return sum((w.flatten()[:0].sum() for w in weights if w.requires_grad), nothing)
 
     def forward(self, batch: PackedBatch, labels: Optional[Tensor] = None) -> Tensor:
         """One pack through this rank's part of the model.
 
         Args:
-            batch: the whole row on every rank.
+            batch: the whole row on every rank, with the tiles that this rank works on.
             labels: int64 [1, S / context size], this context-parallel rank's rows.
 
         Returns:
@@ -113,8 +136,8 @@ class BlueLMModel(MegatronModule):
         """
         hidden = None
         if self.pre_process:
-            hidden = self.embed(batch.tokens, batch.position_ids, batch.tiles)
-            hidden = context_rows(hidden.transpose(0, 1), batch.cu_seqlens_padded).transpose(0, 1)
+            hidden = self.embed(batch.tokens, batch.position_ids, batch.tiles, batch.shares)
+            hidden = context_rows(hidden.transpose(0, 1), batch.bounds).transpose(0, 1)
             if self.config.sequence_parallel:
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
         return self.language(
@@ -123,17 +146,20 @@ class BlueLMModel(MegatronModule):
             attention_mask=None,
             decoder_input=hidden,
             labels=labels,
-            packed_seq_params=packed_seq_params(batch),
+            packed_seq_params=packed_seq_params(batch, fixed=self.config.cuda_graph_impl != "none"),
         )
 
 
-def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
+def packed_seq_params(batch: PackedBatch, fixed: bool = False) -> PackParams:
     """A pack's documents as Megatron-Core and Transformer Engine want them.
 
     The padded bounds serve as the real ones too: pads follow the tokens of their document, so a causal mask hides them.
+
+    Args:
+        fixed: leave out what is known on the host alone, which a CUDA graph can't see change.
     """
     bounds, longest = batch.cu_seqlens_padded, batch.max_seqlen
-    return PackedSeqParams(
+    return PackParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,
@@ -141,4 +167,5 @@ def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
         cu_seqlens_kv_padded=bounds,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        bounds=None if fixed else batch.bounds,
     )

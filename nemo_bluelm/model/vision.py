@@ -1,6 +1,7 @@
 """SigLIP2 vision transformer: tiles in, patch features out."""
 
 import torch
+import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
@@ -12,10 +13,14 @@ from torch import Tensor
 from nemo_bluelm.geometry import Geometry
 from nemo_bluelm.layers.specs import block_spec
 
-# Checkpoints name norms as Transformer Engine does, fused into the linear layer that follows them.
-FUSED_NAMES = {
+# Checkpoints name norms as Transformer Engine does, fused into the linear layer that follows them, and the rest as
+# Megatron-Core does; layers.te.FusedMLP has names of its own.
+CHECKPOINT_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    "mlp.layer_norm_": "mlp.linear_fc1.layer_norm_",
+    "mlp.fc1_": "mlp.linear_fc1.",
+    "mlp.fc2_": "mlp.linear_fc2.",
 }
 
 
@@ -56,10 +61,14 @@ class VisionTower(MegatronModule):
         Returns:
             [n, (T / patch)^2, hidden] in the parameters' dtype; patches row by row.
         """
+        count = tiles.size(0)
+        if self.config.fp8:  # rows of an FP8 product come in sixteens
+            tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, -count % 16))
         pixels = tiles.to(self.position_embedding.dtype) / 127.5 - 1.0  # SigLIP's mean and std of 0.5
         patches = self.patch_embedding(pixels).flatten(2).permute(2, 0, 1)  # [patches, n, hidden]
-        hidden = patches + self.position_embedding.unsqueeze(1)
-        return self.blocks(hidden_states=hidden, attention_mask=None).transpose(0, 1)
+        # Contiguous, or the sum keeps the convolution's order in memory and every norm copies its input.
+        hidden = patches.contiguous() + self.position_embedding.unsqueeze(1)
+        return self.blocks(hidden_states=hidden, attention_mask=None).transpose(0, 1)[:count]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict = None
@@ -67,6 +76,6 @@ class VisionTower(MegatronModule):
         """Every tensor whole, one replica a rank; Megatron's layers would claim pieces of the global tensor group."""
         sharded = make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix)
         for tensor in sharded.values():
-            for local, fused in FUSED_NAMES.items():
-                tensor.key = tensor.key.replace(local, fused)
+            for local, in_checkpoint in CHECKPOINT_NAMES.items():
+                tensor.key = tensor.key.replace(local, in_checkpoint)
         return sharded

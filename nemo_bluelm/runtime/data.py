@@ -13,30 +13,38 @@ from nemo.lightning.pytorch.plugins.data_sampler import DataSampler
 from torch.utils.data import DataLoader, IterableDataset
 
 from nemo_bluelm.data.loader import PackLoader, prefetch
-from nemo_bluelm.data.packs import PackedBatch
+from nemo_bluelm.data.packs import PackedBatch, join
 from nemo_bluelm.data.plan import Pack
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.sharing import Texts, loads
 
 
 class RankPacks(IterableDataset):
-    """The packs of one data-parallel rank, loaded ahead, to the last whole step that the sources give.
+    """The micro-batches of one data-parallel rank, loaded ahead, to the last whole step that the sources give.
 
     Every rank plans all packs, since planning is cheap, and loads its own: those of an optimizer step are dealt to the
-    data-parallel ranks in turn, so a global batch holds the same packs in any layout.
+    data-parallel ranks in turn, so a global batch holds the same packs in any layout. ``micro_batch_size`` of a rank's
+    packs at a time are joined to a micro-batch.
 
     Args:
         loader: its plan stands at the first pack of the next step.
         global_batch_size: packs in an optimizer step, over all ranks.
+        micro_batch_size: packs in a micro-batch; a rank's packs of a step are a multiple of it.
         threads, ahead: as :func:`nemo_bluelm.data.loader.prefetch`.
         at_end: called with the packs of all whole steps, once it is known that there are no more, which is before the
             last of them is delivered.
     """
 
     def __init__(
-        self, loader: PackLoader, global_batch_size: int, threads: int, ahead: int, at_end: Callable[[int], None]
+        self,
+        loader: PackLoader,
+        global_batch_size: int,
+        micro_batch_size: int,
+        threads: int,
+        ahead: int,
+        at_end: Callable[[int], None],
     ):
-        self._loader, self._global_batch_size = loader, global_batch_size
+        self._loader, self._global_batch_size, self._micro_batch_size = loader, global_batch_size, micro_batch_size
         self._threads, self._ahead, self._at_end = threads, ahead, at_end
         self._states = {loader.plan.number: loader.plan.state()}
 
@@ -52,12 +60,13 @@ class RankPacks(IterableDataset):
         Raises:
             UserError: the sources don't give one whole step; too many bad samples.
         """
-        batches = prefetch(self._mine(), self._load(), self._threads, self._ahead)
-        for number, batch in batches:
+        packs = prefetch(self._mine(), self._load(), self._threads, self._ahead)
+        while micro_batch := list(islice(packs, self._micro_batch_size)):
+            numbers, batches = zip(*micro_batch)
             # Training may still be in the step before the one whose packs it takes.
-            past = number - 2 * self._global_batch_size
+            past = numbers[0] - 2 * self._global_batch_size
             self._states = {position: state for position, state in self._states.items() if position >= past}
-            yield batch
+            yield join(batches)
 
     def _mine(self) -> Iterator[Pack]:
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -108,15 +117,17 @@ class PackStep(MegatronStep):
 
 
 class PackSampler(DataSampler):
-    """Tells Megatron's schedule the shape of a step: one pack a micro-batch.
+    """Tells Megatron's schedule the shape of a step: a micro-batch is one row, however many packs lie in it.
 
     Args:
         global_batch_size: packs in an optimizer step, over all ranks.
+        micro_batch_size: packs in a micro-batch.
         sequence_length: tokens in a pack.
     """
 
-    def __init__(self, global_batch_size: int, sequence_length: int):
+    def __init__(self, global_batch_size: int, micro_batch_size: int, sequence_length: int):
         self.global_batch_size, self.sequence_length = global_batch_size, sequence_length
+        self.micro_batch_size = micro_batch_size
 
     def setup(self, global_rank: int) -> None:
         """Nothing to prepare: packs are a function of their position."""
@@ -127,9 +138,10 @@ class PackSampler(DataSampler):
 
     def on_megatron_step_start(self, step: MegatronStep) -> PackStep:
         values = {field.name: getattr(step, field.name) for field in fields(step)}
-        values["micro_batch_size"] = 1
-        values["num_microbatches"] = self.global_batch_size // parallel_state.get_data_parallel_world_size()
-        values["seq_length"] = self.sequence_length
+        packs = self.global_batch_size // parallel_state.get_data_parallel_world_size()
+        values["micro_batch_size"] = 1  # rows
+        values["num_microbatches"] = packs // self.micro_batch_size
+        values["seq_length"] = self.sequence_length * self.micro_batch_size
         return PackStep(**values)
 
 
@@ -139,14 +151,15 @@ class PackDataModule(L.LightningDataModule):
     Args:
         loader: of the packs.
         global_batch_size: packs in an optimizer step, over all ranks.
+        micro_batch_size: packs in a micro-batch.
         threads, ahead: as :func:`nemo_bluelm.data.loader.prefetch`.
     """
 
-    def __init__(self, loader: PackLoader, global_batch_size: int, threads: int, ahead: int):
+    def __init__(self, loader: PackLoader, global_batch_size: int, micro_batch_size: int, threads: int, ahead: int):
         super().__init__()
         self.loader = loader
         self._prefetch = threads, ahead
-        self.data_sampler = PackSampler(global_batch_size, loader.plan.sequence_length)
+        self.data_sampler = PackSampler(global_batch_size, micro_batch_size, loader.plan.sequence_length)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data: the plan's state after the packs of all finished steps."""
@@ -160,7 +173,8 @@ class PackDataModule(L.LightningDataModule):
         self.loader.plan.restore(state)
 
     def train_dataloader(self) -> DataLoader:
-        self._packs = RankPacks(self.loader, self.data_sampler.global_batch_size, *self._prefetch, self._end_at)
+        sizes = self.data_sampler.global_batch_size, self.data_sampler.micro_batch_size
+        self._packs = RankPacks(self.loader, *sizes, *self._prefetch, self._end_at)
         return DataLoader(self._packs, batch_size=None, num_workers=0)
 
     def _end_at(self, packs: int) -> None:

@@ -60,6 +60,10 @@ def prepare() -> None:
     os.environ.setdefault("NEMO_LOG_TRAIN_LOSS", "0")  # our metrics callback reports it
     # Without a list, Megatron-Core's import fails on a machine that has nvcc and no GPU.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+    # Transformer Engine's own norm kernels are tuned for few sizes; at 2560 and 1152 channels cuDNN's are 2.5 times as
+    # fast (H200).
+    for direction in ("FWD", "BWD"):
+        os.environ.setdefault(f"NVTE_NORM_{direction}_USE_CUDNN", "1")
 
     import torch
 

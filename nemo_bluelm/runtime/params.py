@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from nemo_bluelm.config.schema import ModelConfig, ParallelConfig, Part
+from nemo_bluelm.config.schema import ModelConfig, ParallelConfig, Part, PrecisionConfig
 
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
@@ -20,7 +20,7 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
     from nemo_bluelm.model.config import language_transformer_config
     from nemo_bluelm.runtime.single import single_process_world
 
-    config = language_transformer_config(model.language, ParallelConfig(), torch.bfloat16)
+    config = language_transformer_config(model.language, ParallelConfig(), PrecisionConfig())
     # Local layers obey the default device; both kinds have the same parameters.
     config = replace(config, transformer_impl="local", use_cpu_initialization=True)
     with single_process_world(), torch.device("meta"):

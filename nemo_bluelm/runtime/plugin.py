@@ -14,7 +14,8 @@ from nemo_bluelm.config.schema import Recipe
 from nemo_bluelm.data.packs import PackedBatch
 from nemo_bluelm.layers.context import context_rows
 from nemo_bluelm.model.bluelm import BlueLMModel
-from nemo_bluelm.model.config import TORCH_DTYPE, language_transformer_config
+from nemo_bluelm.model.config import HAVE_TE, language_transformer_config, vision_transformer_config
+from nemo_bluelm.model.flops import pack_flops
 from nemo_bluelm.model.init import initialize
 from nemo_bluelm.runtime.sharing import share_tiles
 
@@ -40,10 +41,15 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
         self.recipe = recipe
         self.image_token_id = image_token_id
         self.config = language_transformer_config(
-            recipe.model.language, recipe.parallel, TORCH_DTYPE[recipe.precision.dtype]
+            recipe.model.language,
+            recipe.parallel,
+            recipe.precision,
+            recipe.train.recompute,
+            recipe.train.cuda_graphs,
         )
         self._loss = loss()
-        self.real_tokens = 0  # fed to this rank, padding not counted; the metrics callback reads and resets it
+        # Fed to this rank, padding not counted; the metrics callback reads and resets them.
+        self.real_tokens = self.model_flops = 0
         if optim is not None:
             optim.connect(self)  # NeMo binds the optimizer here; assigning model.optim later is ignored
 
@@ -51,6 +57,10 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
         """Build this rank's part; Lightning calls it once, NeMo again for every further virtual stage."""
         if self.recipe.parallel.virtual_pipeline is not None:
             vp_stage = vp_stage or 0
+        if HAVE_TE:
+            from nemo_bluelm.layers.te import install_wgrad_accumulation
+
+            install_wgrad_accumulation()
         self.module = BlueLMModel(
             self.config,
             self.recipe.model,
@@ -59,6 +69,9 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
+            vision_config=vision_transformer_config(
+                self.recipe.model.vision, self.config, self.recipe.precision, self.recipe.train.recompute
+            ),
         )
         initialize(self.module, self.recipe.model.language, self.recipe.seed)
         self.module.freeze(self.recipe.train.freeze)
@@ -71,15 +84,25 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
     def data_step(self, dataloader_iter) -> PackedBatch:
         """The next micro-batch, on this rank's device."""
         batch, _, _ = next(dataloader_iter)
+        train, data = self.recipe.train, self.recipe.data
+        if train.cuda_graphs:
+            batch = batch.of_fixed_shape(train.micro_batch_size * (data.max_documents + 1))  # one more for the tail
         if not self.module.vp_stage:  # further virtual stages are fed the same packs again
-            self.real_tokens += int(batch.cu_seqlens[-1])
-        no_tiles = batch.tiles.new_empty((0, *batch.tiles.shape[1:]), device=self.device)
-        tiles = share_tiles(batch.tiles, self.device) if self.module.pre_process else no_tiles
-        return dataclasses.replace(batch, tiles=tiles).to(self.device)
+            lengths = batch.cu_seqlens.diff().tolist()  # still on the host
+            self.real_tokens += sum(lengths)
+            self.model_flops += pack_flops(
+                self.recipe.model, lengths, batch.tiles.size(0), self.recipe.train.freeze
+            ).total
+        if self.module.pre_process:
+            batch = share_tiles(batch, self.device, self.recipe.parallel.share_tiles)
+        else:
+            no_tiles = batch.tiles.new_empty((0, *batch.tiles.shape[1:]), device=self.device)
+            batch = dataclasses.replace(batch, tiles=no_tiles)
+        return batch.to(self.device)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """One pack through this rank's part: row losses [1, S / context size] on the last stage."""
-        return self.module(batch, labels=context_rows(batch.labels, batch.cu_seqlens_padded))
+        return self.module(batch, labels=context_rows(batch.labels, batch.bounds))
 
     def forward_step(self, batch: PackedBatch) -> Tensor:
         return self.forward(batch)

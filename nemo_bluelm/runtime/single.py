@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nemo_bluelm.config.compose import load_recipe
-from nemo_bluelm.config.schema import ParallelConfig, Recipe
+from nemo_bluelm.config.schema import ParallelConfig, PrecisionConfig, Recipe
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE, WEIGHTS_DIR
 
@@ -43,12 +43,13 @@ def load_model(checkpoint: Path) -> tuple[torch.nn.Module, Recipe, Tokenizer]:
     from megatron.core import dist_checkpointing
 
     from nemo_bluelm.model.bluelm import BlueLMModel
-    from nemo_bluelm.model.config import TORCH_DTYPE, language_transformer_config
+    from nemo_bluelm.model.config import language_transformer_config
     from nemo_bluelm.runtime.storage import reading
 
     recipe = load_recipe(str(checkpoint / RECIPE_FILE), [])
     tokenizer = Tokenizer.load(checkpoint / TOKENIZER_FILE)
-    config = language_transformer_config(recipe.model.language, ParallelConfig(), TORCH_DTYPE[recipe.precision.dtype])
+    precision = PrecisionConfig(recipe.precision.dtype)  # prompts have lengths that FP8 products can't take
+    config = language_transformer_config(recipe.model.language, ParallelConfig(), precision)
     model = BlueLMModel(config, recipe.model, tokenizer.image, recipe.data.sequence_length)
     wanted = model.sharded_state_dict(prefix=STATE_PREFIX)
     with reading(checkpoint):

@@ -27,6 +27,14 @@ class Strategy(nl.MegatronStrategy):
     ``nemo.collections.llm`` for it, which takes seconds and a dozen more packages.
     """
 
+    def optimizer_step(self, optimizer, closure, model=None, **kwargs) -> Any:
+        """One optimizer step; ``grad_norm`` is its gradient norm before clipping, the same number on all ranks.
+
+        NeMo logs it as a tensor on the GPU, and to read that the host would wait for the optimizer to finish.
+        """
+        loss, self.grad_norm, _ = super(nl.MegatronStrategy, self).optimizer_step(optimizer, closure, model, **kwargs)
+        return loss
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath, storage_options: Optional[Any] = None) -> None:
         checkpoint["state_dict"] = OrderedDict()
         checkpoint["sharded_state_dict"] = self.megatron_parallel.sharded_state_dict()
@@ -69,10 +77,11 @@ def build_strategy(recipe: Recipe, init_from: Optional[Path]) -> Strategy:
         ddp=DistributedDataParallelConfig(
             grad_reduce_in_fp32=bf16,
             use_distributed_optimizer=parallel.distributed_optimizer,
-            overlap_grad_reduce=parallel.distributed_optimizer,
-            overlap_param_gather=parallel.distributed_optimizer,
-            check_for_nan_in_grad=True,
+            overlap_grad_reduce=parallel.overlap,
+            overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+            check_for_nan_in_grad=False,  # costs a pass and a wait on each bucket; train.metrics looks at the norm
         ),
+        use_te_rng_tracker=recipe.train.cuda_graphs,  # its states can be captured
         process_group_backend="nccl" if torch.cuda.is_available() else "gloo",
         ckpt_async_save=False,
         ckpt_parallel_load=False,
@@ -95,6 +104,7 @@ def build_trainer(recipe: Recipe, strategy: Strategy, callbacks: list[Callback])
         max_steps=recipe.train.steps,
         callbacks=callbacks,
         logger=False,
+        log_every_n_steps=0,  # Lightning would read values to log, and wait for the GPU
         enable_checkpointing=False,  # nemo_bluelm.runtime.checkpoints publishes them atomically
         enable_progress_bar=False,
         enable_model_summary=False,

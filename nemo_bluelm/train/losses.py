@@ -24,7 +24,7 @@ class TokenLoss(MegatronLossReduction):
         Returns:
             The sum, the number of targets (int32) on this rank, and both for :meth:`reduce`.
         """
-        mask = context_rows(batch.loss_mask, batch.cu_seqlens_padded)
+        mask = context_rows(batch.loss_mask, batch.bounds)
         total = (row_losses.float() * mask).sum()
         count = mask.sum()
         return total, count.to(torch.int32), {"sum_and_count": torch.stack((total.detach(), count))}

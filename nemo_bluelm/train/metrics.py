@@ -1,9 +1,11 @@
 """One line a step in metrics.jsonl, and progress for the person who watches."""
 
 import json
+import math
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Optional
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,23 +14,53 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nemo_bluelm.atomic import write_atomically
+from nemo_bluelm.errors import UserError
+from nemo_bluelm.model.flops import peak_flops
 from nemo_bluelm.runtime.run_dir import METRICS_FILE
+from nemo_bluelm.train.later import Later, Stamp, to_device
+
+
+@dataclass
+class _Step:
+    """A step whose numbers the host doesn't have yet."""
+
+    number: int
+    lr: float
+    grad_norm: float
+    sums: Later  # loss, then tokens, bad samples and FLOPs over all data-parallel ranks
+    begun: Stamp
+    ended: Stamp
 
 
 class Metrics(Callback):
-    """Writes step, loss, lr, grad_norm, tokens, seconds and tokens_per_second of every step on rank 0.
+    """Writes step, loss, lr, grad_norm, tokens, seconds, tokens_per_second, tflops, mfu and bad_samples of every step.
 
-    ``loss`` is the mean over all target tokens of the global batch; ``tokens`` counts real tokens, not padding;
-    ``bad_samples`` counts those met since the run was started or resumed.
-    A resumed run drops the lines after its checkpoint, so that the file reads like one uninterrupted run.
+    A step is reported at the end of the next one, so that the host needn't wait for the GPU; the last one at the end,
+    and every one before its checkpoint is written.
+
+    - ``loss`` is the mean over all target tokens of the global batch; ``tokens`` counts real tokens, not padding.
+    - ``seconds`` is the time from the end of the step before, on the GPU's clock; saving a checkpoint isn't counted.
+    - ``tflops`` is model FLOPs (``nemo_bluelm.model.flops``) a second and GPU, in 10^12; ``mfu`` the share that is of
+      the device's dense BF16 peak, null where that is not known.
+    - ``bad_samples`` counts those met since the run was started or resumed.
+
+    Rank 0 writes. A resumed run drops the lines after its checkpoint, so that the file reads like one uninterrupted
+    run.
+
+    Raises:
+        UserError: loss or gradient norm is NaN or infinite; on all ranks, and before the step is saved.
     """
 
     def __init__(self, run_dir: Path, name: str, steps: int, log_every: int):
-        self.path = run_dir / METRICS_FILE
+        self.run_dir, self.path = run_dir, run_dir / METRICS_FILE
         self.name, self.steps, self.log_every = name, steps, log_every
+        self._mark: Optional[Stamp] = None  # end of the step before
+        self._step: Optional[_Step] = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        module.real_tokens = 0
+        module.real_tokens = module.model_flops = 0
+        self.gpus = torch.distributed.get_world_size()
+        self.peak = peak_flops(torch.cuda.get_device_name()) if module.device.type == "cuda" else None
         if not trainer.is_global_zero:
             return
         kept = []
@@ -51,34 +83,73 @@ class Metrics(Callback):
         self.progress.start()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
-        self.started = time.perf_counter()
+        if self._mark is None:
+            self._mark = Stamp(module.device)
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        loss = outputs["loss"].detach().clone().float()
+        loss = outputs["loss"].detach().double().reshape(1).clone()
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             torch.distributed.broadcast(loss, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-        counts = torch.tensor([module.real_tokens, trainer.datamodule.loader.bad_samples], device=loss.device)
-        torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-        tokens, bad_samples = counts.tolist()
-        module.real_tokens = 0
-        if trainer.is_global_zero:
-            seconds = time.perf_counter() - self.started
-            self._report(
-                step=trainer.global_step,
-                loss=loss.item(),
-                lr=self.lr,
-                grad_norm=float(trainer.callback_metrics.get("grad_norm", float("nan"))),
-                tokens=tokens,
-                seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                bad_samples=bad_samples,
-            )
+        bad_samples = trainer.datamodule.loader.bad_samples
+        sums = to_device([module.real_tokens, bad_samples, module.model_flops], loss.device)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        module.real_tokens = module.model_flops = 0
+        begun, self._mark = self._mark, Stamp(loss.device)
+        step = _Step(
+            number=trainer.global_step,
+            lr=self.lr,
+            grad_norm=trainer.strategy.grad_norm,
+            sums=Later(torch.cat((loss, sums))),
+            begun=begun,
+            ended=self._mark,
+        )
+        self._settle(trainer)
+        self._step = step
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lightning calls it before it writes anything, on all ranks."""
+        self._settle(trainer)
+        self._mark = None
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._settle(trainer)
+
+    def _settle(self, trainer: Trainer) -> None:
+        """Report the step that waits for it, if there is one."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        loss, tokens, bad_samples, flops = step.sums.get()
+        for what, value in (("loss", loss), ("gradient", step.grad_norm)):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {what} of the run in {self.run_dir} became NaN or infinite in step {step.number}; lower "
+                    "optim.lr, or set optim.clip_grad or optim.warmup_steps, in a new run_dir"
+                )
+        if not trainer.is_global_zero:
+            return
+        seconds = step.begun.seconds_until(step.ended)
+        rate = flops / seconds / self.gpus
+        self._report(
+            step=step.number,
+            loss=loss,
+            lr=step.lr,
+            grad_norm=step.grad_norm,
+            tokens=int(tokens),
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            tflops=rate / 1e12,
+            mfu=rate / self.peak if self.peak else None,
+            bad_samples=int(bad_samples),
+        )
 
     def _report(self, **row) -> None:
         self.file.write(json.dumps(row) + "\n")
         report = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
+        if row["mfu"] is not None:
+            report += f"  {row['tflops']:.0f} TFLOP/s  {row['mfu']:.1%} MFU"
         if row["bad_samples"]:
             report += f"  {row['bad_samples']} bad samples"
         self.progress.update(self.task, completed=row["step"], report=report)

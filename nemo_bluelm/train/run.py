@@ -3,8 +3,6 @@
 import fcntl
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -72,7 +70,7 @@ def train(recipe: Recipe) -> int:
     checkpoints = Checkpoints(run_dir, files, recipe.train.save_every, recipe.train.keep_checkpoints)
     stop = StopOnSignal(checkpoints)
     metrics = Metrics(run_dir, recipe.name, recipe.train.steps, recipe.train.log_every)
-    with writing(run_dir), diverging(run_dir):
+    with writing(run_dir):
         steps = fit(recipe, loader, [metrics, checkpoints, stop], init_from, resume_from)
     if lock is not None:
         lock.close()
@@ -109,6 +107,7 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
     from nemo import lightning as nl
 
     from nemo_bluelm.runtime.data import PackDataModule
+    from nemo_bluelm.runtime.optimizer import SharingOptimizer
     from nemo_bluelm.runtime.plugin import BlueLM
     from nemo_bluelm.runtime.strategy import build_strategy, build_trainer
     from nemo_bluelm.train.losses import TokenLoss
@@ -116,7 +115,8 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
 
     optim = recipe.optim
     bf16 = recipe.precision.dtype == Dtype.bf16
-    optimizer = nl.MegatronOptimizerModule(
+    kind = SharingOptimizer if recipe.parallel.share_tiles else nl.MegatronOptimizerModule
+    optimizer = kind(
         config=OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
@@ -134,31 +134,14 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
     model = BlueLM(recipe, loader.tokenizer.image, TokenLoss, optimizer)
     trainer = build_trainer(recipe, build_strategy(recipe, init_from), callbacks)
     decode = recipe.data.decode
-    data = PackDataModule(loader, recipe.train.global_batch_size, decode.threads, decode.prefetch)
+    sizes = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    data = PackDataModule(loader, *sizes, decode.threads, decode.prefetch)
     try:
         trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
         return trainer.global_step
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-@contextmanager
-def diverging(run_dir: Path) -> Iterator[None]:
-    """Around a run whose gradient may become NaN or infinite, which Megatron reports from inside its reduction.
-
-    Raises:
-        UserError: it did.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "Unexpected result" not in str(error):
-            raise
-        raise UserError(
-            f"the gradient of the run in {run_dir} became NaN or infinite; lower optim.lr, or set optim.clip_grad or "
-            "optim.warmup_steps, in a new run_dir"
-        ) from error
 
 
 def open_data(recipe: Recipe):

@@ -54,6 +54,79 @@ def test_images_are_the_same_every_time():
     assert [Image.open(BytesIO(data)).size for data in images] == list(SIZES)
 
 
+SMALL = (
+    *("model=tiny", "model.language.vocab_size=4096", "precision=fp32", "data.sequence_length=256"),
+    *("data.decode.threads=1", "train.global_batch_size=2", "train.micro_batch_size=1"),
+)
+
+
+@pytest.mark.slow
+def test_corpus_then_training_beside_the_peer(cli, cli_process, tmp_path):
+    folder, out = str(tmp_path / "corpus"), tmp_path / "result.json"
+    sizes = ("--lengths", "256", "--text-tokens", "4096", "--images", "4", "--vocab-size", "512")
+    code, text, _ = cli("bench", "corpus", folder, *sizes)
+    assert code == 0 and json.loads(text)["samples"]["images"] == 4
+    options = ("--steps", "2", "--warmup", "1", "--corpus", folder, "--json", str(out), "--no-compile")
+    index = f"data.index={tmp_path / 'index'}"
+    done = cli_process("bench", "peers", "bench/mixed", *SMALL, index, *options, timeout=400)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    ours, peers = report["ours"], report["peers"]
+    assert [row["name"].removeprefix("transformers, ") for row in peers] == [
+        f"{form}, micro-batch {size}" for form in ("packed", "padded") for size in (1, 2)
+    ]
+    for row in (ours, *peers):
+        times = row["step_seconds"]
+        assert 0 < times["min"] <= times["median"] <= times["max"] and len(row["seconds"]) == 2
+        assert row["tokens_per_second"] > 0 and row["tflops"] > 0 and row["mfu"] is None and row["memory"] is None
+    assert sum(ours["parameters"].values()) == peers[0]["parameters"]
+    assert ours["processes"] == 1 and ours["layout"]["tensor"] == 1 and ours["precision"]["dtype"] == "fp32"
+    assert ours["environment"]["versions"]["megatron-core"] and 0 <= ours["data_wait"]["fraction"] < 1
+    # The same packs in every form: random weights give nearly the loss of a guess, and the same steps improve it.
+    assert ours["loss"]["first"] == pytest.approx(peers[0]["loss"]["first"], abs=0.5)
+    assert peers[0]["loss"]["first"] == pytest.approx(peers[2]["loss"]["first"], rel=1e-5)
+    assert peers[0]["loss"]["last"] == pytest.approx(peers[3]["loss"]["last"], rel=1e-3)
+    best = max(peers, key=lambda row: row["tokens_per_second"])
+    assert report["best"] == best["name"]
+    assert report["ratio"] == pytest.approx(ours["tokens_per_second"] / best["tokens_per_second"], rel=1e-3)
+    assert f"{report['ratio']:.3f} times the tokens a second of {best['name']}" in done.stdout
+
+
+@pytest.mark.long
+def test_training_on_two_processes_with_a_profile(cli_process, tmp_path, corpus):
+    out, kernels = tmp_path / "result.json", tmp_path / "kernels.txt"
+    data = (f"data.root={corpus}", f"data.index={tmp_path / 'index'}", "data.sequence_length=256")
+    options = ("--steps", "2", "--warmup", "1", "--nproc", "2", "--profile", str(kernels), "--json", str(out))
+    done = cli_process("bench", "train", "tiny/sft", *data, *options, timeout=400)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(out.read_text())
+    assert row["processes"] == 2 and len(row["seconds"]) == len(row["tokens"]) == 2 and len(row["losses"]) == 4
+    assert kernels.read_text().startswith("wall ") and "Self CPU" in kernels.read_text()
+
+
+def test_one_rank_of_several_is_refused(cli, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    code, _, stderr = cli("bench", "train", "bench/text_4k")
+    assert "this process is rank 1" in one_line(code, stderr)
+
+
+def test_mistake_that_the_measuring_process_finds(cli_process, tmp_path):
+    done = cli_process("bench", "train", "tiny/sft", f"data.root={tmp_path}", f"data.index={tmp_path}", "--steps", "1")
+    assert one_line(done.returncode, done.stderr).startswith(f"tokenizer {tmp_path}/tokenizer.json does not exist")
+
+
+@pytest.mark.slow
+def test_vision_beside_siglip(cli_process, tmp_path):
+    out = tmp_path / "result.json"
+    options = ("--tiles", "3", "--steps", "2", "--warmup", "1", "--no-compile", "--json", str(out))
+    done = cli_process("bench", "vision", "model=tiny", "precision=fp32", *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert [row["name"] for row in report["rows"]] == ["nemo_bluelm, 3 tiles", "transformers, 3 tiles"]
+    ours, theirs = report["rows"]
+    assert report["ratio"] == pytest.approx(ours["tiles_per_second"] / theirs["tiles_per_second"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -69,6 +142,15 @@ def test_images_are_the_same_every_time():
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device"),
         ),
         (("loader", "--folder", "nowhere"), "nowhere has no .jpg files"),
+        (("train", "bench/text_5k"), "bench/text_5k: recipe not found; did you mean bench/text_"),
+        (("train", "bench/text_4k", "--steps", "0"), "--steps"),
+        (("train", "bench/text_4k", "--json", "no/such/x.json"), "there is no folder no/such"),
+        (("train", "bench/text_4k", "--profile", "no/such/x.txt"), "there is no folder no/such"),
+        (("train", "bench/text_4k", "parallel.tensor=3", "--nproc", "3"), "not a multiple of parallel.tensor 3"),
+        (("peers", "bench/mixed", "--micro-batches", "1,x"), "'x' is not a whole number"),
+        (("vision", "--tiles", "0"), "--tiles"),
+        (("vision", "optim.rl=1"), "did you mean optim.lr"),
+        (("corpus", "recipes"), "recipes exists and is not an empty folder"),
     ],
 )
 def test_mistakes(cli, argv, words):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from tests.conftest import one_line
+
 
 def _plan(done) -> dict:
     assert done.returncode == 0, done.stderr
@@ -46,3 +48,45 @@ def test_tables(cli_process):
     done = cli_process("plan", "tiny/sft", "train.freeze=[vision]", "~data.sources.text")
     assert done.returncode == 0, done.stderr
     assert all(text in done.stdout for text in ("Parameters", "Images", "Layout", "projector", "name: tiny_sft"))
+
+
+def test_flops_need_no_device(cli_process):
+    plan = _plan(cli_process("plan", "tiny/sft", "--json", "--tiles", "3"))
+    assert plan["device"] is None
+    assert plan["flops"]["tiles_per_pack"] == 3
+    assert plan["flops"]["per_token"] > plan["flops"]["per_text_token"] > 0
+
+
+@pytest.mark.slow
+def test_a_device_and_a_proposal(cli_process):
+    asked = ["plan", "recipes/sft.yaml", "parallel.context=1", "--world-size", "8", "--device", "h100", "--propose"]
+    plan = _plan(cli_process(*asked, "--json"))
+    device = plan["device"]
+    assert not device["fits"] and device["needed_gib"] > device["device_gib"]
+    assert device["nearest"] and all(override.count("=") == 1 for override in device["nearest"])
+    parts = device["memory"][0]
+    assert parts["total"] == pytest.approx(sum(parts[name] for name in list(parts)[:-2]))
+    assert [row["gpus"] for row in device["scaling"]] == [8, 16, 32, 64, 128, 256, 512, 1024]
+    assert device["proposal"]["gpu_hours"] > 0
+
+    again = _plan(cli_process(*asked[:-1], *device["proposal"]["overrides"], "--json"))["device"]
+    assert again["fits"] and again["memory"] == device["proposal"]["memory"]
+
+    shown = cli_process(*asked)
+    assert shown.returncode == 0, shown.stderr
+    for text in (
+        "Model FLOPs",
+        "GiB on a GPU",
+        "The nearest that fits: parallel.",
+        "Proposed: ",
+        "Scaling",
+        "GPU-hours",
+    ):
+        assert text in shown.stdout
+
+
+def test_what_is_asked_wrongly(cli):
+    assert "--propose needs" in one_line(*cli("plan", "tiny/sft", "--propose")[::2])
+    assert "--device is h1; it must be one of" in one_line(*cli("plan", "tiny/sft", "--device", "h1")[::2])
+    told = one_line(*cli("plan", "tiny/sft", "parallel.tensor=3", "--world-size", "2", "--device", "a100")[::2])
+    assert "the nearest that fits 2 x NVIDIA A100 80GB: parallel.tensor=" in told

@@ -78,25 +78,43 @@ OVERRIDES = {
 
 # Overrides and number of processes -> what the line must contain.
 CHECKS = [
-    ("parallel.tensor=3", 3, ["num_attention_heads is 4", "parallel.tensor 3", "nearest is 3", "parallel.tensor=2"]),
+    ("parallel.tensor=3", 3, ["num_attention_heads is 4", "parallel.tensor 3", "fits: parallel.tensor=1 train.global"]),
     ("parallel.tensor=4", 4, ["num_query_groups is 2", "parallel.tensor 4", "parallel.tensor=2"]),
-    ("parallel.tensor=2 model.language.ffn_hidden_size=301", 2, ["ffn_hidden_size is 301"]),
-    ("parallel.tensor=2 model.language.vocab_size=2047", 2, ["vocab_size is 2047", "nearest is 204"]),
-    ("parallel.pipeline=3", 3, ["num_layers is 2", "3 pipeline stages", "nearest is 3"]),
-    ("parallel.pipeline=2 parallel.first_stage_layers=2", 2, ["first_stage_layers is 2", "below"]),
+    ("parallel.tensor=2 model.language.ffn_hidden_size=301", 2, ["ffn_hidden_size is 301", "fits: parallel.tensor=1"]),
+    ("parallel.tensor=2 model.language.vocab_size=2047", 2, ["vocab_size is 2047", "fits: parallel.tensor=1"]),
+    ("parallel.pipeline=3", 3, ["num_layers is 2", "3 pipeline stages", "fits: parallel.pipeline=1"]),
+    ("parallel.pipeline=2 parallel.first_stage_layers=2", 2, ["first_stage_layers is 2", "below", "layers=null"]),
     ("parallel.pipeline=3 parallel.first_stage_layers=1", 3, ["less parallel.first_stage_layers is 1"]),
     ("parallel.first_stage_layers=1", 1, ["first_stage_layers is 1 with parallel.pipeline 1"]),
     ("parallel.virtual_pipeline=2", 1, ["virtual_pipeline is 2 with parallel.pipeline 1"]),
-    ("parallel.pipeline=2 parallel.virtual_pipeline=2", 2, ["num_layers is 2", "virtual_pipeline", "nearest is 4"]),
+    ("parallel.pipeline=2 parallel.virtual_pipeline=2", 2, ["num_layers is 2", "virtual_pipeline", "pipeline=null"]),
     ("parallel.pipeline=2 parallel.virtual_pipeline=2 model.language.num_layers=4 train.global_batch_size=3", 2,
-     ["global_batch_size is 3", "virtual_pipeline", "nearest is 4"]),
-    ("parallel.sequence=true", 1, ["parallel.sequence is true with parallel.tensor 1"]),
+     ["global_batch_size is 3", "virtual_pipeline", "fits: train.global_batch_size=4"]),
+    ("parallel.sequence=true", 1, ["parallel.sequence is true with parallel.tensor 1", "sequence=false"]),
     ("parallel.tensor=2 parallel.sequence=true data.sequence_length=511", 2,
-     ["sequence_length is 511", "parallel.tensor 2"]),
-    ("parallel.context=2 data.sequence_length=510", 2, ["sequence_length is 510", "2 * parallel.context", "512"]),
-    ("parallel.tensor=2", 1, ["tensor 2", "the job has 1 process", "--nproc 2"]),
+     ["sequence_length is 511", "multiple of 2, for parallel.tensor", "fits: data.sequence_length=512"]),
+    ("parallel.context=2 data.sequence_length=510", 2, ["sequence_length is 510", "2 * parallel.context", "=512"]),
+    ("parallel.tensor=2", 1, ["tensor 2", "the job has 1 process", "--nproc 2", "fits: parallel.tensor=1"]),
     ("parallel.tensor=2", 3, ["the job has 3 processes", "--nproc 4"]),
-    ("train.global_batch_size=3", 2, ["global_batch_size is 3", "data parallel size 2", "nearest is 4"]),
+    ("train.global_batch_size=3", 2, ["global_batch_size is 3", "data parallel size 2", "global_batch_size=4"]),
+    ("train.micro_batch_size=4 train.global_batch_size=4", 2,
+     ["global_batch_size is 4", "data parallel size 2 * train.micro_batch_size 4", "train.global_batch_size=8"]),
+    ("train.micro_batch_size=0", 1, ["train.micro_batch_size is 0", "1 or more"]),
+    ("data.max_documents=0", 1, ["data.max_documents is 0", "1 or more"]),
+    ("parallel.context=4 parallel.context_comm=a2a", 4, ["context_comm is a2a", "num_query_groups is 2", "all_gather"]),
+    ("precision=fp8_current precision.dtype=fp32", 1, ["fp8.recipe is current", "fp32", "set precision.dtype=bf16"]),
+    ("precision=fp8_current data.sequence_length=500", 1, ["length is 500", "FP8 current", "sequence_length=496"]),
+    ("precision=fp8_current model.language.ffn_hidden_size=392", 1, ["ffn_hidden_size is 392", "16", "nearest is 384"]),
+    ("precision=fp8_blockwise", 1, ["num_query_groups * kv_channels is 64", "multiple of 128", "nearest is 128"]),
+    ("precision=fp8_delayed precision.fp8.bf16_last_layers=1", 1, ["bf16_last_layers is 1", "delayed", "=current"]),
+    ("precision=fp8_current precision.fp8.bf16_first_layers=2 precision.fp8.bf16_last_layers=1", 1, ["num_layers 2"]),
+    ("precision.fp8.bf16_first_layers=1", 1, ["bf16_first_layers is 1 without precision.fp8.recipe"]),
+    ("precision=fp8_blockwise precision.fp8.parts=[language,vision]", 1, ["lists vision", "blockwise", "=current"]),
+    ("precision=fp8_current precision.fp8.parts=[projector]", 1, ["lists projector", "BF16"]),
+    ("precision=fp8_current precision.fp8.parts=[]", 1, ["precision.fp8.parts is empty"]),
+    ("train.cuda_graphs=true train.recompute.language=mlp", 1, ["cuda_graphs is true", "language mlp", "=none"]),
+    ("train.recompute.language_layers=1", 1, ["language_layers is 1", "language none", "only full"]),
+    ("train.recompute.language=full train.recompute.language_layers=3", 1, ["language_layers is 3", "num_layers 2"]),
     ("model.language.yarn.factor=0.5", 1, ["yarn.factor is 0.5", "1 or more"]),
     ("data.sequence_length=32768", 1, ["longer than the 4096 positions", "model.language.yarn.factor=8"]),
     ("model.language.hidden_size=0", 1, ["model.language.hidden_size is 0", "1 or more"]),
@@ -194,14 +212,50 @@ def test_recipe_not_found_names_the_nearest(tmp_path):
     assert "file name is made of" in _message(str(tmp_path / "a@b.yaml"), [])
 
 
-def test_no_packaged_distributed_optimizer_without_a_gpu():
+MACHINE = {
+    "parallel.distributed_optimizer=true": "parallel.distributed_optimizer=false",
+    "train.cuda_graphs=true": "train.cuda_graphs=false",
+    "precision=fp8_current": "precision.fp8.recipe=null",
+    "parallel.context=2 parallel.context_comm=p2p": "parallel.context_comm=all_gather",
+}
+
+
+@pytest.mark.parametrize("overrides", MACHINE)
+def test_what_only_a_gpu_can_is_refused_without_one(overrides, monkeypatch):
     import torch
 
     from nemo_bluelm.config.checks import check_machine
 
-    recipe = load_recipe("tiny/sft", ["parallel.distributed_optimizer=true"])
-    if torch.cuda.is_available():
-        check_machine(recipe)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"no CUDA device; set {MACHINE[overrides]}"):
+        check_machine(load_recipe("tiny/sft", overrides.split()))
+    check_machine(load_recipe("tiny/sft", [*overrides.split(), MACHINE[overrides]]))
+
+
+@pytest.mark.parametrize(
+    "precision, capability, expected",
+    [
+        ("fp8_current", (8, 0), "needs compute capability 8.9"),
+        ("fp8_blockwise", (8, 9), "needs compute capability 9.0"),
+        ("fp8_blockwise", (9, 0), None),
+        ("fp8_delayed", (8, 9), None),
+    ],
+)
+def test_fp8_needs_its_gpu(precision, capability, expected, monkeypatch):
+    import torch
+
+    from nemo_bluelm.config import checks
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    recipe = load_recipe("tiny/sft", [f"precision={precision}"])
+    if expected is None:
+        checks.check_machine(recipe)
     else:
-        with pytest.raises(UserError, match="parallel.distributed_optimizer is true .* no CUDA device"):
-            check_machine(recipe)
+        with pytest.raises(UserError, match=expected):
+            checks.check_machine(recipe)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs Transformer Engine"):
+        checks.check_machine(recipe)

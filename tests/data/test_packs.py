@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_bluelm.data.chat import Encoded
-from nemo_bluelm.data.packs import PackedBatch, collate
+from nemo_bluelm.data.packs import PackedBatch, collate, join
 
 NO_TILES = torch.empty(0, 3, 4, 4, dtype=torch.uint8)
 
@@ -91,3 +91,26 @@ def test_the_text_travels_whole():
     for name in ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens", "cu_seqlens_padded"):
         assert torch.equal(getattr(told, name), getattr(pack, name))
         assert getattr(told, name).dtype == getattr(pack, name).dtype
+
+
+def test_joined_packs_lie_end_to_end():
+    """Everything but the offsets is a concatenation, and each segment keeps its place and length in its pack."""
+    first = collate([document(5, 6, 7, targets=(6,)), document(8)], NO_TILES, sequence_length=8, alignment=4, pad=0)
+    tile = torch.full((2, 3, 4, 4), 7, dtype=torch.uint8)
+    second = collate([document(9, 10, 11, 12, 13, targets=(13,))], tile, sequence_length=16, alignment=4, pad=0)
+    row = join([first, second, first])
+    assert row.tokens.tolist() == [[5, 6, 7, 0, 8, 0, 0, 0, *(9, 10, 11, 12, 13), *[0] * 11, 5, 6, 7, 0, 8, 0, 0, 0]]
+    for name in ("tokens", "labels", "loss_mask", "position_ids"):
+        parts = [getattr(pack, name) for pack in (first, second, first)]
+        assert torch.equal(getattr(row, name), torch.cat(parts, 1)) and getattr(row, name).dtype == parts[0].dtype
+    assert row.cu_seqlens_padded.tolist() == list(row.bounds) == [0, 4, 8, 16, 24, 28, 32]
+    assert row.cu_seqlens.tolist() == [0, 3, 4, 9, 9, 12, 13]
+    assert row.cu_seqlens.dtype == row.cu_seqlens_padded.dtype == torch.int32
+    assert row.max_seqlen == 8 and row.num_tokens == 3
+    assert torch.equal(row.tiles, tile)
+    assert join([first]) is first
+
+
+def test_bounds_stay_on_the_host():
+    pack = collate([document(1, 2, 3)], NO_TILES, sequence_length=8, alignment=4, pad=0)
+    assert pack.bounds == (0, 4, 8) and pack.to("meta").bounds == (0, 4, 8)

@@ -61,6 +61,18 @@ def test_a_source_that_packs_badly_keeps_its_share():
     assert sum(pack.tokens for pack in packs) / (400 * CAP) < 0.8
 
 
+@pytest.mark.parametrize("most", [1, 3, 10])
+def test_a_pack_has_no_more_documents_than_allowed(most):
+    assert max(len(pack.pieces) for pack in islice(plan(), 200)) > most
+    assert max(len(pack.pieces) for pack in islice(plan(max_documents=most), 200)) == most
+
+
+def test_another_number_of_documents_is_another_plan():
+    state = plan(max_documents=5).state()
+    with pytest.raises(UserError, match="data.max_documents is 6, but the run was planned with 5"):
+        plan(max_documents=6).restore(state)
+
+
 @pytest.mark.parametrize("alignment", [1, 8, 128])
 @pytest.mark.parametrize("max_tiles", [17, 20, 1000])
 def test_caps_hold(alignment, max_tiles):

@@ -1,17 +1,19 @@
 """PackedAttention against a dense softmax written out: packs, grouped queries, full and context-parallel attention."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_world import assert_near
 
 from nemo_bluelm.layers import attention
-from nemo_bluelm.layers.attention import PackedAttention
+from nemo_bluelm.layers.attention import PackedAttention, PackParams
 from nemo_bluelm.layers.context import context_indices
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -44,16 +46,15 @@ def tensors(rows, heads, groups, requires_grad=False):
     return [torch.randn(shape, generator=generator).requires_grad_(requires_grad) for shape in shapes]
 
 
-def core_attention(heads, groups, mask, softmax_scale=None):
+def core_attention(heads, groups, mask, softmax_scale=None, cp_comm_type=None):
     config = TransformerConfig(
         num_layers=1, hidden_size=HEAD * heads, num_attention_heads=heads, num_query_groups=groups
     )
-    return PackedAttention(config, 1, mask, "self", softmax_scale=softmax_scale)
+    return PackedAttention(config, 1, mask, "self", softmax_scale=softmax_scale, cp_comm_type=cp_comm_type)
 
 
 def pack_of(lengths):
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q_padded=bounds, cu_seqlens_kv_padded=bounds)
+    return PackParams(qkv_format="thd", bounds=tuple(accumulate(lengths, initial=0)))
 
 
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (6, 1)])
@@ -101,12 +102,12 @@ def test_the_last_query_sees_the_last_key(queries, keys):
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_context_parallel_ranks_together_give_the_whole(size, monkeypatch):
+def test_all_gather_ranks_together_give_the_whole(size, monkeypatch):
     """Every rank in turn, with the gather of keys and values played by the test."""
     lengths = [2 * size, 10 * size, 4 * size]
     query, key, value = tensors(sum(lengths), 4, 2)
     pack = pack_of(lengths)
-    rows = [context_indices(pack.cu_seqlens_q_padded, size, rank) for rank in range(size)]
+    rows = [context_indices(pack.bounds, size, rank) for rank in range(size)]
     gathered = torch.cat([torch.stack((key[r], value[r]), dim=1) for r in rows])
     monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", lambda both, group: gathered)
     layer = core_attention(4, 2, AttnMaskType.causal)
@@ -116,6 +117,48 @@ def test_context_parallel_ranks_together_give_the_whole(size, monkeypatch):
         mine = rows[rank]
         out[mine] = layer(query[mine], key[mine], value[mine], packed_seq_params=pack)
     assert_near(out, dense(query, key, value, causal_in_documents(lengths)), 1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_all_to_all_ranks_together_give_the_whole(size, monkeypatch):
+    """The ranks go through their forward passes in step, with the two exchanges played by the test."""
+    lengths, heads, groups = [2 * size, 10 * size, 4 * size], 4 * size, 2 * size
+    query, key, value = tensors(sum(lengths), heads, groups)
+    pack = pack_of(lengths)
+    rows = [context_indices(pack.bounds, size, rank) for rank in range(size)]
+    exchange = Exchange(size)
+    monkeypatch.setattr(attention, "all_to_all", exchange)
+    layers = [core_attention(heads, groups, AttnMaskType.causal, cp_comm_type="a2a") for _ in range(size)]
+    for rank, layer in enumerate(layers):
+        layer._over_ranks = layer._all_to_all
+        layer.cp_group = SimpleNamespace(size=lambda: size, rank=lambda rank=rank: rank)
+    with ThreadPoolExecutor(size) as pool:
+        parts = pool.map(lambda layer, r: layer(query[r], key[r], value[r], packed_seq_params=pack), layers, rows)
+        out = torch.full_like(query, torch.nan)
+        for mine, part in zip(rows, parts):
+            out[mine] = part
+    assert_near(out, dense(query, key, value, causal_in_documents(lengths)), 1e-5)
+
+
+class Exchange:
+    """An all-to-all between threads."""
+
+    def __init__(self, size):
+        self.size, self.sent, self.barrier = size, {}, threading.Barrier(size, timeout=20)
+
+    def __call__(self, group, tensor):
+        self.sent[group.rank()] = tensor.chunk(self.size)
+        self.barrier.wait()
+        received = torch.cat([self.sent[rank][group.rank()] for rank in range(self.size)])
+        self.barrier.wait()
+        return received
+
+
+def test_a_communication_that_is_not_there_is_refused(monkeypatch):
+    groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: 2))
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2)
+    with pytest.raises(ValueError, match="'p2p' is none of all_gather, a2a"):
+        PackedAttention(config, 1, AttnMaskType.causal, "self", cp_comm_type="p2p", pg_collection=groups)
 
 
 def test_a_later_token_changes_nothing_before_it():

@@ -9,10 +9,12 @@ prepare()  # before anything imports Megatron-Core
 import torch  # noqa: E402
 
 from nemo_bluelm.config.schema import (  # noqa: E402
+    Dtype,
     GeometryConfig,
     LanguageConfig,
     ModelConfig,
     ParallelConfig,
+    PrecisionConfig,
     VisionConfig,
     YarnConfig,
 )
@@ -57,13 +59,13 @@ def small_config(tile: int = 56, yarn: YarnConfig | None = None, **language) -> 
 
 def language_model(config: ModelConfig, longest: int = 512) -> LanguageModel:
     """The language model alone, fp32; its weights are not set."""
-    transformer = language_transformer_config(config.language, ParallelConfig(), torch.float32)
+    transformer = language_transformer_config(config.language, ParallelConfig(), PrecisionConfig(Dtype.fp32))
     return LanguageModel(transformer, config.language, longest)
 
 
 def whole_model(config: ModelConfig, longest: int = 512, image_token_id: int = IMAGE) -> BlueLMModel:
     """The whole model, fp32; its weights are not set."""
-    transformer = language_transformer_config(config.language, ParallelConfig(), torch.float32)
+    transformer = language_transformer_config(config.language, ParallelConfig(), PrecisionConfig(Dtype.fp32))
     return BlueLMModel(transformer, config, image_token_id, longest)
 
 

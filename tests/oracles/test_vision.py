@@ -5,7 +5,7 @@ import torch
 from hf_weights import grads, hf_vision, load, normalized, state, vision_tensors
 from megatron_world import assert_all_near, assert_near, gradients, random_tiles, small_config
 
-from nemo_bluelm.config.schema import ParallelConfig, geometry_of
+from nemo_bluelm.config.schema import Dtype, ParallelConfig, PrecisionConfig, geometry_of
 from nemo_bluelm.model.config import language_transformer_config, vision_transformer_config
 from nemo_bluelm.model.vision import VisionTower
 
@@ -17,7 +17,7 @@ def pair(request):
     """Our ViT and SigLIP with the same weights, and tiles."""
     config = small_config(tile=request.param)
     oracle = hf_vision(config, seed=1)
-    beside = language_transformer_config(config.language, ParallelConfig(), torch.float32)
+    beside = language_transformer_config(config.language, ParallelConfig(), PrecisionConfig(Dtype.fp32))
     tower = VisionTower(vision_transformer_config(config.vision, beside), geometry_of(config))
     load(tower, vision_tensors(state(oracle), config.vision.num_attention_heads))
     return tower, oracle, random_tiles(3, request.param, seed=2), config

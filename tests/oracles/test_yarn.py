@@ -4,7 +4,7 @@ import pytest
 import torch
 from hf_weights import hf_language, language_tensors, load, state
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
-    _yarn_get_concentration_factor_from_config as attention_scale,
+    _yarn_get_concentration_factor_from_config as scale_in_rope,
 )
 from megatron_world import (
     assert_near,
@@ -45,7 +45,9 @@ def test_frequencies_and_scale(yarn, head, base):
     angles, _ = model.rotary_pos_emb(2, packed_seq=True)
     ours = angles[1, 0, 0]  # the angles of position 1 are the frequencies, once for either half of the head
     torch.testing.assert_close(ours, torch.cat([frequencies, frequencies]), rtol=1e-6, atol=0)
-    assert attention_scale(model.config) == pytest.approx(scale, rel=1e-6)
+    # Queries and keys are scaled in their product, not in RoPE.
+    assert model.config.softmax_scale == pytest.approx(scale**2 / head**0.5, rel=1e-6)
+    assert scale_in_rope(model.config) == 1.0
     assert not torch.allclose(frequencies, 1 / base ** (torch.arange(0, head, 2) / head))
 
 
@@ -73,5 +75,5 @@ def test_factor_one_is_plain_rope():
     oracle = hf_language(config, seed=1)
     model = language_model(config)
     load(model, language_tensors(state(oracle), config.language.num_query_groups))
-    assert attention_scale(model.config) == 1.0
+    assert model.config.softmax_scale == pytest.approx(config.language.kv_channels**-0.5)
     assert type(model.rotary_pos_emb).__name__ == "RotaryEmbedding"

@@ -20,7 +20,7 @@ def make(corpus, tmp_path, monkeypatch):
     prepare()
     from nemo_bluelm.runtime import data
 
-    def make(rank, ranks, state=None, threads=2, at_end=None, **changes):
+    def make(rank, ranks, state=None, threads=2, at_end=None, micro_batch=1, **changes):
         monkeypatch.setattr(data.parallel_state, "get_data_parallel_rank", lambda: rank)
         monkeypatch.setattr(data.parallel_state, "get_data_parallel_world_size", lambda: ranks)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
@@ -34,7 +34,7 @@ def make(corpus, tmp_path, monkeypatch):
         loader = open_data(config, Geometry(tile=56), seed=5)
         if state is not None:
             loader.plan.restore(state)
-        return data.RankPacks(loader, GLOBAL_BATCH, threads, ahead=3, at_end=at_end)
+        return data.RankPacks(loader, GLOBAL_BATCH, micro_batch, threads, ahead=3, at_end=at_end)
 
     return make
 
@@ -72,6 +72,17 @@ def test_another_number_of_ranks_goes_on_in_the_same_order(before, after, make, 
     second, _ = steps(make, 2, after, state)
     assert state["packs"] == 2 * GLOBAL_BATCH
     assert same(first + second, whole)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 2), (2, 4), (4, 2)])
+def test_a_micro_batch_joins_a_ranks_packs_in_their_order(ranks, micro_batch, make, whole):
+    for rank in range(ranks):
+        packs = make(rank, ranks, micro_batch=micro_batch)
+        joined = list(islice(packs, 2 * GLOBAL_BATCH // ranks // micro_batch))
+        mine = whole[rank : 2 * GLOBAL_BATCH : ranks]
+        assert torch.equal(torch.cat([batch.tokens for batch in joined], 1), torch.cat(mine, 1))
+        assert {batch.tokens.size(1) for batch in joined} == {512 * micro_batch}
+        assert packs.state(GLOBAL_BATCH)["packs"] == GLOBAL_BATCH
 
 
 @pytest.mark.parametrize("threads", [0, 3])

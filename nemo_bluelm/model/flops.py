@@ -1,0 +1,135 @@
+"""Model FLOPs of a micro-batch, by arithmetic, and the peak rates of GPUs. No torch."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import cache
+from typing import Optional
+
+from nemo_bluelm.config.schema import LanguageConfig, ModelConfig, Part, geometry_of
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of matrix products, forward and backward; a multiply-add is two.
+
+    Attributes:
+        vision_patches: patch embedding.
+        vision_linear: linear layers of the ViT.
+        vision_attention: full attention among the patches of a tile.
+        projector: its two linear layers.
+        linear: linear layers of the language model's decoder layers.
+        attention: causal attention inside each document.
+        output: output layer; tied weights count too, the embedding's look-up is free.
+    """
+
+    vision_patches: int = 0
+    vision_linear: int = 0
+    vision_attention: int = 0
+    projector: int = 0
+    linear: int = 0
+    attention: int = 0
+    output: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+    @property
+    def vision(self) -> int:
+        """What the tiles cost before the language model."""
+        return self.vision_patches + self.vision_linear + self.vision_attention + self.projector
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other))))
+
+    def to_dict(self) -> dict[str, int]:
+        """Each part and the total."""
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "total": self.total}
+
+
+def pack_flops(model: ModelConfig, segments: Sequence[int], tiles: int, frozen: Collection[Part] = ()) -> Flops:
+    """Model FLOPs of one micro-batch, forward and backward.
+
+    Only what the model needs counts: no padding, no recomputation, and of causal attention the half that is not
+    masked, ``l^2 / 2`` pairs for a document of ``l`` tokens. For one document that is ``6 * N + 6 * layers * l * h`` a
+    token, with N the weights in matrix products (the convention of PaLM, arXiv 2204.02311, appendix B, with the causal
+    half taken). Backward is twice forward: the gradients of the input and of the weights. A frozen part counts its
+    forward, and its input's gradient if something trained lies below it; the pixels need no gradient.
+
+    Args:
+        model: shapes.
+        segments: real tokens of each document; zeros are allowed.
+        tiles: image tiles, the thumbnails counted.
+        frozen: parts that are not trained.
+    """
+    vision, text, shape = model.vision, model.language, geometry_of(model)
+    trains = {part: part not in frozen for part in Part}
+    # Passes over each weight: forward, the input's gradient, the weights' gradient.
+    sees = tiles > 0 and trains[Part.vision]
+    in_vision = 3 if trains[Part.vision] else 1
+    in_projector = 1 + (2 if trains[Part.projector] else 1 if sees else 0)  # its norm comes before its first layer
+    below = tiles > 0 and (trains[Part.vision] or trains[Part.projector])
+    in_language = 1 + (2 if trains[Part.language] else 1 if below else 0)
+    attends = 3 if trains[Part.language] or below else 1  # no weights: both gradients are inputs'
+
+    patches, h = shape.patches_per_side**2, vision.hidden_size
+    folded, d = shape.merge**2 * h, text.hidden_size
+    tokens, pairs = sum(segments), sum(length * length for length in segments)
+    return Flops(
+        vision_patches=min(in_vision, 2) * 2 * tiles * patches * 3 * shape.patch**2 * h,
+        vision_linear=in_vision
+        * 2
+        * tiles
+        * patches
+        * vision.num_layers
+        * (4 * h * h + 2 * h * vision.ffn_hidden_size),
+        vision_attention=in_vision * 4 * tiles * patches**2 * vision.num_layers * h,
+        projector=in_projector * 2 * tiles * shape.tokens_per_tile * (folded * d + d * d),
+        linear=in_language * 2 * tokens * text.num_layers * layer_weights(text),
+        attention=attends * 2 * pairs * text.num_layers * text.num_attention_heads * text.kv_channels,
+        output=in_language * 2 * tokens * text.vocab_size * d,
+    )
+
+
+def layer_weights(language: LanguageConfig) -> int:
+    """Weights in matrix products of one decoder layer."""
+    projections = 2 * (language.num_attention_heads + language.num_query_groups) * language.kv_channels
+    return language.hidden_size * (projections + 3 * language.ffn_hidden_size)
+
+
+# Dense BF16 FLOP/s of the tensor cores, from NVIDIA's data sheets; where those print only the figure "with sparsity",
+# half of it. The first entry all of whose words stand in the device's name counts, so variants come before plain names.
+_PEAKS = (
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("GH200", 989.4e12),
+    ("H200 NVL", 835.5e12),
+    ("H200", 989.4e12),
+    ("H100 NVL", 835.5e12),
+    ("H100 PCIe", 756.5e12),
+    ("H100", 989.4e12),
+    ("H800 PCIe", 756.5e12),
+    ("H800", 989.4e12),
+    ("H20", 148e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("A30", 165e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("L4", 121e12),
+)
+
+
+@cache
+def peak_flops(device_name: str) -> Optional[float]:
+    """Dense BF16 FLOP/s that a device can do at most; None if it is not known, as for a CPU.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name()`` gives it, for example "NVIDIA H100 80GB HBM3".
+    """
+    words = set(device_name.replace("-", " ").split())
+    for name, peak in _PEAKS:
+        if words.issuperset(name.split()):
+            return peak
+    return None

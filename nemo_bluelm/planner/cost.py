@@ -1,0 +1,233 @@
+"""Seconds of a training step by cause, from FLOPs, bytes sent and rates of the device."""
+
+import math
+from dataclasses import asdict, dataclass
+
+from nemo_bluelm.config.schema import ContextComm, Dtype, Fp8Recipe, Part, Recipe, Recompute, geometry_of
+from nemo_bluelm.model.flops import Flops, pack_flops
+from nemo_bluelm.planner.devices import GPUS_PER_NODE, Device
+from nemo_bluelm.planner.memory import micro_batches, notable_stages, stage_layers, stage_weights
+
+# Shares of the dense BF16 peak, of the whole model on one H100 80GB with Transformer Engine 2.9, single runs: full
+# steps of 16,384 tokens of text (606 ms in BF16, 477 delayed, 522 current, 586 blockwise) less attention (84 ms),
+# output layer with cross entropy (58) and Adam (27). Norms and activations are in the linear layers' share. Other
+# kinds of GPU are taken to reach the same shares.
+LINEAR = {None: 0.50, Fp8Recipe.delayed: 0.71, Fp8Recipe.current: 0.62, Fp8Recipe.blockwise: 0.52}
+ATTENTION = 0.40
+OUTPUT = 0.44
+VISION = 0.37  # attention and projector too: 184 tiles/s at 64 tiles
+# What the host needs to launch a layer's forward and backward, where the GPU waits for it: 819 ms for 32 layers x 4
+# micro-batches of 4,096 tokens in BF16, and 516, 563 and 586 ms for 2 of 8,192 in FP8, less output layer and Adam.
+# CUDA graphs do away with it.
+HOST = {None: 5.7e-3, Fp8Recipe.delayed: 6.7e-3, Fp8Recipe.current: 7.4e-3, Fp8Recipe.blockwise: 7.8e-3}
+OPTIMIZER_BYTES = 30  # read and written of each parameter: gradient, master, two moments, BF16 weight
+HBM = 0.8  # of its printed rate: Adam 27 ms for 2.458e9 parameters
+# Assumed, not measured: what NCCL gets of a link, the start of a collective, and what matrix products lose when tensor
+# parallelism halves them.
+LINK = 0.8
+LATENCY = 20e-6
+HALVED = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A training step, in seconds unless it says otherwise. What is hidden behind other work isn't in it.
+
+    Attributes:
+        compute: of the pipeline stage that takes longest, all micro-batches.
+        bubble: stages waiting for the first and the last micro-batch.
+        tensor, context, pipeline, tiles: communication inside a model copy.
+        data: reduction of gradients and gathering of parameters, as far as it sticks out.
+        optimizer: Adam.
+        sent: bytes that a GPU of the busiest stage sends in a step, by the kind of parallelism.
+        flops: model FLOPs of the step.
+        tokens: in the step.
+        gpus: all of them.
+        peak: of a GPU, FLOP/s.
+    """
+
+    compute: float
+    bubble: float
+    tensor: float
+    context: float
+    pipeline: float
+    tiles: float
+    data: float
+    optimizer: float
+    sent: dict[str, float]
+    flops: float
+    tokens: int
+    gpus: int
+    peak: float
+
+    @property
+    def seconds(self) -> float:
+        causes = (self.compute, self.bubble, self.tensor, self.context, self.pipeline, self.tiles, self.data)
+        return sum(causes) + self.optimizer
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / self.seconds / self.gpus / self.peak
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs."""
+        return self.tokens / self.seconds
+
+    def gpu_hours(self, steps: int) -> float:
+        return steps * self.seconds * self.gpus / 3600
+
+    def to_dict(self) -> dict:
+        rates = {"seconds": self.seconds, "mfu": self.mfu, "tokens_per_second": self.tokens_per_second}
+        return {**asdict(self), **rates, "tflops": self.flops / self.seconds / self.gpus / 1e12}
+
+
+def step_flops(recipe: Recipe, tiles: int) -> Flops:
+    """Model FLOPs of a pack that is one document of full length with ``tiles`` tiles: the most that a pack can cost."""
+    return pack_flops(recipe.model, [recipe.data.sequence_length], tiles, recipe.train.freeze)
+
+
+def estimate(recipe: Recipe, world_size: int, device: Device, tiles: int) -> Estimate:
+    """How long a step takes.
+
+    Args:
+        recipe: a valid recipe for ``world_size``.
+        world_size: GPUs; tensor-parallel ranks are neighbours, then context-, data- and pipeline-parallel ones.
+        tiles: image tiles in every pack.
+    """
+    parallel, train = recipe.parallel, recipe.train
+    copies = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    count, size = micro_batches(recipe, copies), 2 if recipe.precision.dtype == Dtype.bf16 else 4
+    flops = step_flops(recipe, tiles)
+    slowest, busiest = max((_compute(recipe, device, flops, stage), stage) for stage in notable_stages(recipe))
+    sent = _sent_per_micro_batch(recipe, busiest, tiles, size)
+    rates = {
+        "tensor": _rate(device, 1, parallel.tensor),
+        "context": _rate(device, parallel.tensor, parallel.context),
+        "pipeline": _rate(device, world_size // parallel.pipeline, parallel.pipeline),
+        "tiles": _rate(device, 1, parallel.tensor * parallel.context),
+    }
+    calls = {"tensor": 8 * stage_layers(recipe)[busiest], "context": 4 * stage_layers(recipe)[busiest]}
+    waits = {kind: sent[kind] / rate + LATENCY * calls.get(kind, 2) for kind, rate in rates.items() if sent[kind]}
+    if parallel.context_comm == ContextComm.p2p and "context" in waits:  # goes round while attention works
+        waits["context"] = max(0.0, waits["context"] - _attention(recipe, device, flops, busiest))
+    one = slowest + sum(waits.values())
+    reduce, gather = _data_bytes(recipe, copies, busiest, size)
+    rate = _rate(device, parallel.tensor, copies * parallel.context)
+    hidden = one if parallel.overlap else 0.0  # behind one backward (two thirds) and one forward
+    data = max(0.0, reduce / rate - hidden * 2 / 3) + max(0.0, gather / rate - hidden / 3)
+    return Estimate(
+        compute=count * slowest,
+        bubble=(parallel.pipeline - 1) / (parallel.virtual_pipeline or 1) * one,
+        **{kind: count * waits.get(kind, 0.0) for kind in rates},
+        data=data,
+        optimizer=_optimizer(recipe, device, copies, busiest),
+        sent={**{kind: count * value for kind, value in sent.items()}, "data": reduce + gather},
+        flops=flops.total * train.global_batch_size,
+        tokens=recipe.data.sequence_length * train.global_batch_size,
+        gpus=world_size,
+        peak=device.peak,
+    )
+
+
+def _compute(recipe: Recipe, device: Device, flops: Flops, stage: int) -> float:
+    """Seconds of a micro-batch on a rank of one stage, forward and backward."""
+    parallel, fp8 = recipe.parallel, recipe.precision.fp8
+    packs = recipe.train.micro_batch_size
+    ranks, last = parallel.tensor * parallel.context, stage == parallel.pipeline - 1
+    layers = stage_layers(recipe)[stage]
+    part = layers / recipe.model.language.num_layers
+    slower = HALVED ** math.log2(parallel.tensor)
+    language = fp8.recipe if Part.language in fp8.parts else None
+    linear = flops.linear * part * _again(recipe, Part.language, layers) / (LINEAR[language] * slower)
+    seconds = packs * linear / ranks / device.peak + _attention(recipe, device, flops, stage)
+    host = HOST[fp8.recipe] if not recipe.train.cuda_graphs else 0.0
+    seconds = max(seconds, layers * host)
+    if last:
+        seconds += packs * flops.output / (OUTPUT * slower) / ranks / device.peak
+    if stage == 0 and flops.vision:
+        share = ranks if parallel.share_tiles else 1
+        vision = packs * flops.vision * _again(recipe, Part.vision, recipe.model.vision.num_layers) / share
+        seconds += max(vision / VISION / device.peak, recipe.model.vision.num_layers * HOST[None])
+    return seconds
+
+
+def _attention(recipe: Recipe, device: Device, flops: Flops, stage: int) -> float:
+    parallel, layers = recipe.parallel, stage_layers(recipe)[stage]
+    work = flops.attention * recipe.train.micro_batch_size * layers / recipe.model.language.num_layers
+    full = recipe.train.recompute.language == Recompute.full
+    work *= _again(recipe, Part.language, layers) if full else 1.0
+    return work / (parallel.tensor * parallel.context) / ATTENTION / device.peak
+
+
+def _again(recipe: Recipe, part: Part, layers: int) -> float:
+    """Linear layers' work with what is computed again, over that without; forward is a third."""
+    how = getattr(recipe.train.recompute, part.value)
+    if how == Recompute.none or part in recipe.train.freeze:
+        return 1.0
+    if how == Recompute.full:
+        limit = recipe.train.recompute.language_layers if part == Part.language else None
+        return 1 + min(1.0, (layers if limit is None else limit) / layers) / 3
+    shape = getattr(recipe.model, part.value)
+    matrices = 3 if part == Part.language else 2  # of the MLP
+    mlp = matrices * shape.hidden_size * shape.ffn_hidden_size
+    if part == Part.language:
+        attention = 2 * shape.hidden_size * (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels
+    else:
+        attention = 4 * shape.hidden_size**2
+    return 1 + mlp / (mlp + attention) / 3
+
+
+def _sent_per_micro_batch(recipe: Recipe, stage: int, tiles: int, size: int) -> dict[str, float]:
+    """Bytes that a rank sends for one micro-batch, forward and backward, inside its model copy."""
+    parallel, text, packs = recipe.parallel, recipe.model.language, recipe.train.micro_batch_size
+    t, c, layers = parallel.tensor, parallel.context, stage_layers(recipe)[stage]
+    rows = recipe.data.sequence_length * packs / c
+    hidden = rows * text.hidden_size * size
+    again = 1.5 if recipe.train.recompute.language == Recompute.full else 1.0  # one more forward for each two passes
+    # Two all-reduces a layer each way; with sequence parallelism each is a gather and a scatter, and backward gathers
+    # the inputs of two linear layers once more.
+    passes = layers * (10 if parallel.sequence else 8) * again
+    passes += 4 if stage in (0, parallel.pipeline - 1) else 0  # embedding and output layer
+    queries, keys = text.num_attention_heads * text.kv_channels / t, text.num_query_groups * text.kv_channels / t
+    if parallel.context_comm == ContextComm.a2a:
+        context = 2 * (2 * queries + 2 * keys) * rows * (c - 1) / c
+    else:
+        context = 2 * 2 * keys * rows * (c - 1)
+    boundary = 2 * hidden / (t if parallel.sequence else 1) * (parallel.virtual_pipeline or 1)
+    ranks, shape = t * c, geometry_of(recipe.model)
+    features = 0.0
+    if stage == 0 and parallel.share_tiles and ranks > 1:
+        features = 2 * tiles * packs * shape.tokens_per_tile * text.hidden_size * size * (ranks - 1) / ranks
+    return {
+        "tensor": passes * hidden * (t - 1) / t,
+        "context": context * layers * size * again,
+        "pipeline": boundary if parallel.pipeline > 1 else 0.0,
+        "tiles": features,
+    }
+
+
+def _data_bytes(recipe: Recipe, copies: int, stage: int, size: int) -> tuple[float, float]:
+    """Bytes that a rank sends in rings, once a step, to reduce the gradients and to gather the parameters."""
+    ranks = copies * recipe.parallel.context
+    trained = sum(stage_weights(recipe, stage).of(part) for part in Part if part not in recipe.train.freeze)
+    one = trained * (ranks - 1) / ranks  # elements
+    if recipe.parallel.distributed_optimizer:
+        return 4.0 * one, one * size
+    return 2 * 4.0 * one, 0.0  # an all-reduce
+
+
+def _optimizer(recipe: Recipe, device: Device, copies: int, stage: int) -> float:
+    trained = sum(stage_weights(recipe, stage).of(part) for part in Part if part not in recipe.train.freeze)
+    shards = copies * recipe.parallel.context if recipe.parallel.distributed_optimizer else 1
+    return trained * OPTIMIZER_BYTES / shards / (device.hbm * HBM)
+
+
+def _rate(device: Device, stride: int, ranks: int) -> float:
+    """Bytes/s that each rank of a group can send in a ring; the group's ranks are ``stride`` apart.
+
+    A ring that crosses nodes leaves each of them once, and uses the network card of every rank it has there.
+    """
+    if stride * ranks <= GPUS_PER_NODE:
+        return device.nvlink * LINK
+    return min(device.nvlink, max(1, GPUS_PER_NODE // stride) * device.network) * LINK

@@ -1,0 +1,134 @@
+"""Planned bytes against measured ones, and against what layouts must do to them."""
+
+import pytest
+from planner_pieces import TEXT_ONLY, full_recipe, in_fp8
+
+from nemo_bluelm.config.compose import load_recipe
+from nemo_bluelm.config.schema import ContextComm, Fp8Recipe, ModelConfig, Part, Recompute
+from nemo_bluelm.planner import memory as planner
+from nemo_bluelm.planner.memory import GIB, most_tiles, stage_memory, stage_weights, stages_memory
+from nemo_bluelm.runtime.params import count_parameters
+
+
+def total(recipe, data_parallel=1, tiles=0):
+    return max(stage.total for stage in stages_memory(recipe, data_parallel, tiles)) / GIB
+
+
+@pytest.mark.parametrize(
+    "length, packs, fp8, measured",
+    [
+        (4096, 1, None, 54.3),
+        (4096, 2, None, 67.9),
+        (8192, 1, None, 67.8),
+        (4096, 1, Fp8Recipe.delayed, 57.4),
+        (4096, 1, Fp8Recipe.current, 57.0),
+        (4096, 2, Fp8Recipe.delayed, 69.6),
+        (4096, 2, Fp8Recipe.current, 69.0),
+        (4096, 2, Fp8Recipe.blockwise, 69.1),
+    ],
+)
+def test_text_on_one_gpu(length, packs, fp8, measured, monkeypatch):
+    """Peak allocated on an H100: language model alone, Megatron-Core's own cross entropy, AdamW with fp32 master."""
+    monkeypatch.setattr(planner, "LOGIT_COPIES", 4.0)
+    recipe = in_fp8(full_recipe(length, 4, TEXT_ONLY, train__micro_batch_size=packs), fp8)
+    without_vision = total(recipe) - 2 * sum(stage_weights(recipe, 0)[:2]) / GIB
+    assert without_vision == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("tiles, measured", [(32, 22.4), (64, 43.6)])
+def test_vision_on_one_gpu(tiles, measured):
+    """The ViT alone, forward and backward, BF16, without optimizer."""
+    found = stage_memory(full_recipe(16384), 1, 0, tiles)
+    weights = stage_weights(full_recipe(), 0).vision * 2
+    assert (weights + found.vision + found.overhead) / GIB == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_the_models(tied, recipe_file):
+    tiny = load_recipe(recipe_file(), []).model
+    tiny.language.share_embeddings_and_output_weights = tied
+    tiny.language.num_layers = 6
+    table = tiny.language.vocab_size * tiny.language.hidden_size
+    counted = count_parameters(tiny)
+
+    whole = stage_weights(full_recipe(model=tiny), 0)
+    assert whole._asdict() == {part.value: counted[part.value] for part in Part}
+
+    recipe = full_recipe(model=tiny, parallel__pipeline=2, parallel__first_stage_layers=2)
+    halves = [stage_weights(recipe, stage) for stage in range(2)]
+    assert halves[1].vision == halves[1].projector == 0
+    assert sum(half.language for half in halves) == counted["language"] + (table if tied else 0)
+
+    split = stage_weights(full_recipe(model=tiny, parallel__tensor=2), 0)
+    assert split.vision == whole.vision
+    norms = 13 * tiny.language.hidden_size
+    assert 2 * (split.language - norms) == whole.language - norms
+
+
+def test_the_full_preset_has_its_published_size():
+    assert sum(stage_weights(full_recipe(), 0)) == 2_889_773_424
+
+
+def test_optimizer_states_are_sharded_over_data_and_context_ranks():
+    alone = stage_memory(full_recipe(), 4, 0, 0).optimizer
+    assert stage_memory(full_recipe(parallel__distributed_optimizer=True), 4, 0, 0).optimizer == alone / 4
+    both = full_recipe(parallel__distributed_optimizer=True, parallel__context=2)
+    assert stage_memory(both, 4, 0, 0).optimizer == alone / 8
+
+
+def test_frozen_parts_have_no_gradient_and_no_states():
+    found = stage_memory(full_recipe(freeze=[Part.vision, Part.language]), 1, 0, 8)
+    trained = stage_weights(full_recipe(), 0).projector
+    assert (found.gradients, found.optimizer) == (4 * trained, 12 * trained)
+    assert found.vision < stage_memory(full_recipe(), 1, 0, 8).vision / 10
+
+
+def test_what_lowers_activations():
+    plain = stage_memory(full_recipe(32768), 1, 0, 64)
+    for settings in (
+        {"parallel__context": 2},
+        {"parallel__context": 2, "parallel__context_comm": ContextComm.a2a},
+        {"parallel__tensor": 2},
+    ):
+        split = stage_memory(full_recipe(32768, **settings), 1, 0, 64)
+        assert plain.language / 2 <= split.language < plain.language
+        assert split.logits < plain.logits and split.vision < plain.vision
+        assert (
+            stage_memory(full_recipe(32768, **settings, parallel__share_tiles=False), 1, 0, 64).vision == plain.vision
+        )
+    tensor = stage_memory(full_recipe(parallel__tensor=2), 1, 0, 0)
+    assert stage_memory(full_recipe(parallel__tensor=2, parallel__sequence=True), 1, 0, 0).language < tensor.language
+
+    by_recompute = [stage_memory(full_recipe(train__recompute__language=how), 1, 0, 0).language for how in Recompute]
+    assert by_recompute == sorted(by_recompute, reverse=True) and by_recompute[2] < by_recompute[0] / 8
+    some = full_recipe(train__recompute__language=Recompute.full, train__recompute__language_layers=8)
+    assert by_recompute[2] < stage_memory(some, 1, 0, 0).language < by_recompute[0]
+    by_recompute = [stage_memory(full_recipe(train__recompute__vision=how), 1, 0, 16).vision for how in Recompute]
+    assert by_recompute == sorted(by_recompute, reverse=True) and by_recompute[2] < by_recompute[0] / 8
+
+
+def test_the_first_stage_holds_most_micro_batches_and_the_last_the_logits():
+    recipe = full_recipe(parallel__pipeline=4)
+    stages = stages_memory(recipe, 1, 8)
+    assert [round(stage.language / stages[3].language) for stage in stages] == [4, 3, 2, 1]
+    assert [stage.logits > 0 for stage in stages] == [False, False, False, True]
+    assert [stage.vision > 0 for stage in stages] == [True, False, False, False]
+    few = stages_memory(full_recipe(batch=2, parallel__pipeline=4), 1, 8)
+    assert round(few[0].language / few[3].language) == 2
+    virtual = stages_memory(full_recipe(parallel__pipeline=4, parallel__virtual_pipeline=2), 1, 8)
+    assert virtual[0].language > stages[0].language
+
+
+def test_fp8_layers_left_in_bf16_have_no_copies():
+    recipe = in_fp8(full_recipe(), Fp8Recipe.current)
+    every = stage_memory(recipe, 1, 0, 0).fp8
+    recipe.precision.fp8.bf16_first_layers, recipe.precision.fp8.bf16_last_layers = 1, 3
+    assert stage_memory(recipe, 1, 0, 0).fp8 == pytest.approx(every * 28 / 32)
+    recipe.parallel.pipeline = 2
+    assert [stage_memory(recipe, 1, stage, 0).fp8 / every * 32 for stage in (0, 1)] == pytest.approx([15, 13])
+
+
+def test_most_tiles():
+    assert most_tiles(full_recipe(4096)) == 4095 // 196
+    assert most_tiles(full_recipe(32768)) == 64  # data.max_tiles
+    assert ModelConfig().geometry.tile == 378
