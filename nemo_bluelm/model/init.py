@@ -33,7 +33,8 @@ def local_shards(
         if isinstance(entry, ShardedTensorFactory):
             yield from replace(entry, data=of(entry.data)).build()
         elif isinstance(entry, ShardedTensor):
-            yield replace(entry, data=of(entry.data))
+            data = of(entry.data)
+            yield replace(entry, data=data, dtype=data.dtype)
 
 
 def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
