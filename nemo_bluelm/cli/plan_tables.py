@@ -43,7 +43,7 @@ def _show_layout(console: Console, title: str, layout: dict[str, Any]) -> None:
     stages = layout["memory"]
     table = _table(f"{title}: GiB on a GPU", "", *(["GPU"] if len(stages) == 1 else range(len(stages))))
     for part in stages[0]:
-        if part in ("total", "needed"):
+        if part == "total":
             table.add_section()
         name = {"total": "allocated at the peak", "needed": "needed in all"}.get(part, part)
         table.add_row(name, *(f"{stage[part] / _GIB:.1f}" for stage in stages))

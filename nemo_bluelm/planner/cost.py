@@ -8,20 +8,31 @@ from nemo_bluelm.model.flops import Flops, pack_flops
 from nemo_bluelm.planner.devices import GPUS_PER_NODE, Device
 from nemo_bluelm.planner.memory import micro_batches, notable_stages, stage_layers, stage_weights
 
-# Shares of the dense BF16 peak, of the whole model on one H100 80GB with Transformer Engine 2.9, single runs: full
-# steps of 16,384 tokens of text (606 ms in BF16, 477 delayed, 522 current, 586 blockwise) less attention (84 ms),
-# output layer with cross entropy (58) and Adam (27). Norms and activations are in the linear layers' share. Other
-# kinds of GPU are taken to reach the same shares.
-LINEAR = {None: 0.50, Fp8Recipe.delayed: 0.71, Fp8Recipe.current: 0.62, Fp8Recipe.blockwise: 0.52}
-ATTENTION = 0.40
-OUTPUT = 0.44
-VISION = 0.37  # attention and projector too: 184 tiles/s at 64 tiles
-# What the host needs to launch a layer's forward and backward, where the GPU waits for it: 819 ms for 32 layers x 4
-# micro-batches of 4,096 tokens in BF16, and 516, 563 and 586 ms for 2 of 8,192 in FP8, less output layer and Adam.
-# CUDA graphs do away with it.
-HOST = {None: 5.7e-3, Fp8Recipe.delayed: 6.7e-3, Fp8Recipe.current: 7.4e-3, Fp8Recipe.blockwise: 7.8e-3}
+# Measured on one H200 with torch 2.11+cu130, Transformer Engine 2.9.0 and megatron-core 0.15.3, single runs: steps of
+# 32,768 tokens of text, language model trained and ViT frozen; the rows are in tests/planner/planner_measured.py. Other
+# kinds of GPU are taken to reach the same shares of their printed rates.
+#
+# Of the 1,102 ms that a BF16 step took, kernels ran 1,022: matrix products 660, attention 176, Adam 21, all else 165.
+# What lay between kernels is spread over them, so shares are 0.93 of the kernels' own.
+ATTENTION = 0.35  # of the dense BF16 peak
+OUTPUT = 0.69  # the output layer's products, always in BF16
+# Linear layers. With FP8, casts are in it: current from 908 ms under CUDA graphs; delayed from its 953 ms without them,
+# against 991; blockwise 8% behind current, as Megatron-Core's own modules were on an H100.
+LINEAR = {None: 0.69, Fp8Recipe.delayed: 1.08, Fp8Recipe.current: 0.99, Fp8Recipe.blockwise: 0.90}
+HBM = 0.68  # of its printed rate: Adam
 OPTIMIZER_BYTES = 30  # read and written of each parameter: gradient, master, two moments, BF16 weight
-HBM = 0.8  # of its printed rate: Adam 27 ms for 2.458e9 parameters
+# Norms, activations, RoPE, residuals, cross entropy: bytes moved for each FLOP of the linear layers, times the hidden
+# size. Products grow with its square, the rest with the size itself.
+ELEMENTWISE = 3.4
+# ViT and projector, all they do: 64 tiles in 325 ms, 297 in FP8 (delayed; current is taken to be as fast).
+VISION, VISION_FP8 = 0.40, 0.44
+# Seconds that the GPU waits for the host in a layer's forward and backward, which CUDA graphs do away with: 64 and 128
+# of them in a step, of micro-batches of 16,384 and 8,192 tokens. BF16 took 1,131 ms at 8,192, 1,118 with graphs; FP8
+# current took 991 ms at 16,384, and 908 at 8,192 with graphs. That all FP8 recipes wait alike is assumed.
+GAPS = {None: 0.1e-3, Fp8Recipe.delayed: 1.3e-3, Fp8Recipe.current: 1.3e-3, Fp8Recipe.blockwise: 1.3e-3}
+# Seconds that the host needs to launch them, which is what small micro-batches take: of 4,096 tokens, on an H100, with
+# Megatron-Core's own modules, which launch more kernels; 128 took 819 ms in BF16.
+HOST = {None: 5.7e-3, Fp8Recipe.delayed: 6.7e-3, Fp8Recipe.current: 7.4e-3, Fp8Recipe.blockwise: 7.8e-3}
 # Assumed, not measured: what NCCL gets of a link, the start of a collective, and what matrix products lose when tensor
 # parallelism halves them.
 LINK = 0.8
@@ -139,16 +150,18 @@ def _compute(recipe: Recipe, device: Device, flops: Flops, stage: int) -> float:
     part = layers / recipe.model.language.num_layers
     slower = HALVED ** math.log2(parallel.tensor)
     language = fp8.recipe if Part.language in fp8.parts else None
-    linear = flops.linear * part * _again(recipe, Part.language, layers) / (LINEAR[language] * slower)
-    seconds = packs * linear / ranks / device.peak + _attention(recipe, device, flops, stage)
-    host = HOST[fp8.recipe] if not recipe.train.cuda_graphs else 0.0
-    seconds = max(seconds, layers * host)
+    linear = packs * flops.linear * part * _again(recipe, Part.language, layers) / ranks
+    seconds = linear / (LINEAR[language] * slower) / device.peak + _attention(recipe, device, flops, stage)
+    seconds += linear * ELEMENTWISE / recipe.model.language.hidden_size / (HBM * device.hbm)
+    if not recipe.train.cuda_graphs:
+        seconds = max(seconds + layers * GAPS[language], layers * HOST[language])
     if last:
         seconds += packs * flops.output / (OUTPUT * slower) / ranks / device.peak
     if stage == 0 and flops.vision:
-        share = ranks if parallel.share_tiles else 1
-        vision = packs * flops.vision * _again(recipe, Part.vision, recipe.model.vision.num_layers) / share
-        seconds += max(vision / VISION / device.peak, recipe.model.vision.num_layers * HOST[None])
+        viewers = ranks if parallel.share_tiles else 1
+        vision = packs * flops.vision * _again(recipe, Part.vision, recipe.model.vision.num_layers) / viewers
+        share = VISION if fp8.recipe is None or Part.vision not in fp8.parts else VISION_FP8
+        seconds += max(vision / share / device.peak, recipe.model.vision.num_layers * HOST[None])
     return seconds
 
 

@@ -15,7 +15,7 @@ class Device:
 
     Attributes:
         name: as NVIDIA calls it; looked up in the table of peak rates.
-        memory: GiB that CUDA reports in all.
+        memory: GiB that CUDA reports in all, and PyTorch as "total capacity".
         hbm: bytes/s of its memory.
         nvlink: bytes/s to the other GPUs of its node, one direction.
         network: bytes/s of its network card, one direction.
@@ -36,13 +36,20 @@ class Device:
 
 
 _ALL, _NONE = frozenset(Fp8Recipe), frozenset()
-# Memory as nvidia-smi reports it; HBM and NVLink (half of the printed sum of both directions) from the data sheets of
-# the SXM boards; network from the DGX of that generation: HDR InfiniBand 200 Gb/s a GPU (A100), NDR 400 Gb/s (later).
+# Memory: total capacity in PyTorch's messages; it varies by some tenths with driver and ECC, and the least is here. HBM
+# and NVLink (half of the printed sum of both directions): NVIDIA's data sheets of the SXM boards. Network: the DGX of
+# that generation, HDR InfiniBand of 200 Gb/s a GPU (A100), NDR of 400 Gb/s (later). BF16 peaks: model.flops.
 DEVICES = {
+    # 39.39 to 39.56 GiB; A100 data sheet, 40GB SXM: 1,555 GB/s, NVLink 600 GB/s.
     "a100_40": Device("NVIDIA A100 40GB", 39.4, 1.555e12, 300e9, 25e9, _NONE),
-    "a100": Device("NVIDIA A100 80GB", 79.2, 2.039e12, 300e9, 25e9, _NONE),
-    "h100": Device("NVIDIA H100 80GB HBM3", 79.2, 3.35e12, 450e9, 50e9, _ALL),
+    # 79.1 to 79.3 GiB; A100 data sheet, 80GB SXM: 2,039 GB/s, NVLink 600 GB/s, BF16 312 TFLOP/s.
+    "a100": Device("NVIDIA A100 80GB", 79.1, 2.039e12, 300e9, 25e9, _NONE),
+    # 79.1 to 79.2 GiB; H100 data sheet, SXM: 3.35 TB/s, NVLink 900 GB/s; BF16 989.4 TFLOP/s dense in the white paper
+    # "NVIDIA H100 Tensor Core GPU Architecture" (the data sheet has 1,979 with sparsity).
+    "h100": Device("NVIDIA H100 80GB HBM3", 79.1, 3.35e12, 450e9, 50e9, _ALL),
+    # 139.8 GiB, measured; H200 data sheet, SXM: 4.8 TB/s, NVLink 900 GB/s, BF16 1,979 TFLOP/s with sparsity as H100's.
     "h200": Device("NVIDIA H200", 139.8, 4.8e12, 450e9, 50e9, _ALL),
+    # 178.35 GiB; data sheets of eight: 64 TB/s, NVLink 14.4 TB/s (DGX B200), BF16 36 PFLOP/s with sparsity (HGX B200).
     "b200": Device("NVIDIA B200", 178.3, 8e12, 900e9, 50e9, _ALL),
 }
 

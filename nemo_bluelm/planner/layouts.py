@@ -7,7 +7,6 @@ from functools import cached_property
 from itertools import product
 from typing import Any, Optional
 
-from nemo_bluelm.config.checks import check_recipe
 from nemo_bluelm.config.layout import problems
 from nemo_bluelm.config.schema import ContextComm, Part, Recipe, Recompute
 from nemo_bluelm.errors import UserError
@@ -23,7 +22,6 @@ _PARALLEL = (
     "distributed_optimizer",
 )
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
-_RECOMPUTE = tuple(product((Recompute.none, Recompute.mlp, Recompute.full), repeat=2))  # language, vision
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,10 @@ def propose(recipe: Recipe, world_size: int, device: Device, tiles: int) -> list
     """All layouts that pass the checks and fit, the fastest first; of equals the one with fewer ranks in a model copy.
 
     Numbers of packs in a step and their length stay as they are: they change what is trained.
+
+    Args:
+        recipe: all but its layout passes ``check_recipe``.
+        tiles: image tiles in every pack.
     """
     fitting = _candidates(recipe, world_size, device, tiles)
     return sorted(fitting, key=lambda layout: (round(layout.estimate.seconds, 4), world_size // layout.data_parallel))
@@ -123,7 +125,7 @@ def scaling(
 
 def _candidates(recipe: Recipe, world_size: int, device: Device, tiles: int) -> Iterator[Layout]:
     """Valid layouts that fit, each with the least recomputation."""
-    layers = recipe.model.language.num_layers
+    layers, ways = recipe.model.language.num_layers, _ways(recipe, tiles)
     sizes = [n for n in _POWERS if world_size % n == 0]
     for tensor, pipeline, context, virtual, balanced, packs in product(
         [n for n in sizes if n <= GPUS_PER_NODE],  # tensor parallelism talks too much to leave a node
@@ -152,49 +154,39 @@ def _candidates(recipe: Recipe, world_size: int, device: Device, tiles: int) -> 
             continue
         for comm in dict.fromkeys((recipe.parallel.context_comm, ContextComm.all_gather) if context > 1 else (None,)):
             with_comm = settings | ({"parallel.context_comm": comm} if comm else {})
-            layout = _cheapest_that_fits(recipe, with_comm, world_size, device, tiles)
-            if layout is not None:
-                yield layout
+            split = with_settings(recipe, with_comm)
+            if any(problems(split, world_size)):
+                continue
+            layouts = (Layout(with_settings(split, way), world_size, device, tiles) for way in ways)
+            most = Layout(with_settings(split, ways[-1]), world_size, device, tiles)  # computed again
+            if most.fits:
+                yield next(layout for layout in layouts if layout.fits)
 
 
-def _cheapest_that_fits(
-    recipe: Recipe, settings: dict[str, Any], world_size: int, device: Device, tiles: int
-) -> Optional[Layout]:
-    """With the recomputation that costs least among those that make it fit; None if it isn't valid or never fits."""
-    if any(problems(with_settings(recipe, settings), world_size)):
-        return None
+def _ways(recipe: Recipe, tiles: int) -> list[dict[str, Any]]:
+    """Settings for what is computed again, those that cost least first."""
     no_vision = tiles == 0 or Part.vision in recipe.train.freeze
-    ways = [way for way in _RECOMPUTE if way[1] == Recompute.none or not no_vision]
+    ways = [
+        (language, vision)
+        for language, vision in product((Recompute.none, Recompute.mlp, Recompute.full), repeat=2)
+        if not (no_vision and vision != Recompute.none)
+        and not (recipe.train.cuda_graphs and language != Recompute.none)  # a graph can't compute again
+    ]
     ways.sort(key=lambda way: _recompute_cost(recipe, *way, tiles))
-
-    def layout(way: tuple[Recompute, Recompute]) -> Layout:
-        return Layout(with_settings(recipe, settings | _recompute(*way)), world_size, device, tiles)
-
-    if not layout(ways[-1]).fits:  # all is computed again
-        return None
-    return next((found for found in map(layout, ways) if found.fits and _passes(found)), None)
-
-
-def _recompute(language: Recompute, vision: Recompute) -> dict[str, Any]:
-    return {
-        "train.recompute.language": language,
-        "train.recompute.vision": vision,
-        "train.recompute.language_layers": None,
-    }
+    return [
+        {
+            "train.recompute.language": language,
+            "train.recompute.vision": vision,
+            "train.recompute.language_layers": None,
+        }
+        for language, vision in ways
+    ]
 
 
 def _recompute_cost(recipe: Recipe, language: Recompute, vision: Recompute, tiles: int) -> float:
     """FLOPs that are done twice, roughly: an MLP is three quarters of a layer."""
     flops, share = step_flops(recipe, tiles), {Recompute.none: 0.0, Recompute.mlp: 0.75, Recompute.full: 1.0}
     return (flops.linear + flops.attention) * share[language] + flops.vision * share[vision]
-
-
-def _passes(layout: Layout) -> bool:
-    try:
-        check_recipe(layout.recipe, layout.world_size)
-    except UserError:
-        return False
-    return True
 
 
 def _first_stage(recipe: Recipe, pipeline: int, virtual: int, tiles: int) -> Optional[int]:

@@ -8,12 +8,14 @@ from nemo_bluelm.model.flops import layer_weights
 
 GIB = 2**30
 
-# What arithmetic alone doesn't give. Single runs on an H100 with Transformer Engine 2.9 unless a line says otherwise.
-LOGIT_COPIES = 1.0  # logits in BF16; TE's cross entropy puts their gradient in their place. Megatron's own: 4.0
-QKV_COPIES = 2  # the projection's output, which the values are a view of, and queries and keys after RoPE
-WORKSPACE = 0.3 * GIB  # cuBLAS and TE, and what backward has in hand
-GRAPH_POOLS = 1.5 * GIB  # private pools of the layers' CUDA graphs: 59.7 GiB with against 58.1 GiB without
-FRAGMENTATION = 1.045  # reserved by PyTorch's allocator / allocated at the peak: 56.5/54.3, 70.8/67.9, 70.1/67.8
+# What arithmetic alone doesn't give; measured on one H200 with torch 2.11+cu130, Transformer Engine 2.9.0 and
+# megatron-core 0.15.3, single runs, language model trained and ViT frozen, packs of one document of 4,096 tokens. The
+# rows are in tests/planner/planner_measured.py.
+WORKSPACE = 0.5 * GIB  # cuBLAS and TE, and what backward has in hand: 0.5 to 0.7 are left, 1.8 with delayed scaling
+GRAPH_POOLS = 2.0 * GIB  # private pools of the layers' CUDA graphs: 67.7 GiB reserved with, 65.2 without
+# Reserved by PyTorch's allocator / allocated, at the peak: 1.04 in BF16 (85.4/82.3, 65.2/62.5), 1.07 with FP8
+# (87.5/81.8, 88.9/83.0).
+FRAGMENTATION = 1.055
 OUTSIDE = 1.2 * GIB  # not PyTorch's: CUDA's context 0.5, NCCL's buffers; a guess, not measured
 
 
@@ -47,12 +49,17 @@ class Memory:
         return sum(vars(self).values())
 
     @property
+    def reserved(self) -> float:
+        """With what the allocator loses; compare with ``torch.cuda.max_memory_reserved()``."""
+        return self.total * FRAGMENTATION
+
+    @property
     def needed(self) -> float:
-        """What a GPU must have: ``total``, what the allocator loses, and what CUDA and NCCL take."""
-        return self.total * FRAGMENTATION + OUTSIDE
+        """What a GPU must have: ``reserved``, and what CUDA and NCCL take."""
+        return self.reserved + OUTSIDE
 
     def to_dict(self) -> dict[str, float]:
-        return {**vars(self), "total": self.total, "needed": self.needed}
+        return {**vars(self), "total": self.total, "reserved": self.reserved, "needed": self.needed}
 
 
 class Kept(NamedTuple):
@@ -147,7 +154,8 @@ def stage_memory(recipe: Recipe, data_parallel: int, stage: int, tiles: int) -> 
     tokens = recipe.data.sequence_length * train.micro_batch_size // parallel.context  # of a micro-batch, on this rank
     last = stage == parallel.pipeline - 1
     row = text.hidden_size / (parallel.tensor if parallel.sequence else 1) * size
-    logits = text.vocab_size / parallel.tensor * size * LOGIT_COPIES + 2 * row if last else 0
+    # TE's cross entropy puts the logits' gradient in their place.
+    logits = text.vocab_size / parallel.tensor * size + 2 * row if last else 0
     return Memory(
         weights=sum(owned) * size,
         gradients=trained * 4,
@@ -195,7 +203,8 @@ def _layer(recipe: Recipe, size: int, fp8: bool) -> Kept:
     operand = 1 if fp8 else size  # what a matrix product keeps of its input
     if Part.language in recipe.train.freeze:
         operand = 0  # only a weight's gradient needs it
-    qkv = QKV_COPIES * (queries + 2 * keys) * size
+    # Queries and keys after RoPE and a copy of the values; TE wants them contiguous, so the projection's output goes.
+    qkv = (queries + 2 * keys) * size
     if c > 1 and parallel.context_comm == ContextComm.all_gather:
         qkv += (2 * c + 1) / 2 * 2 * keys * size  # keys and values that this rank's two chunks see
     out = queries * size + 4 * text.num_attention_heads / t + (queries if fp8 and operand else 0)

@@ -88,10 +88,12 @@ def check_layout(recipe: Recipe, world_size: Optional[int], device: Optional[Dev
     try:
         check_recipe(recipe, world_size)
     except UserError as error:
-        proposed = propose(recipe, world_size, device, tiles) if world_size and device else []
+        problem = next(problems(recipe, world_size), None)
+        if not (world_size and device and problem and str(error).startswith(problem)):  # not the layout's fault
+            raise
+        proposed = propose(recipe, world_size, device, tiles)
         if not proposed:
             raise
-        problem = next(problems(recipe, world_size))
         settings = " ".join(nearest(recipe, proposed).overrides(recipe))
         raise UserError(f"{problem}; the nearest that fits {world_size} x {device.name}: {settings}") from error
 

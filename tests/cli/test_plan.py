@@ -4,21 +4,25 @@ import json
 
 import pytest
 
-from tests.conftest import one_line
+from tests.conftest import CHECKOUT, one_line
+
+SFT = str(CHECKOUT / "recipes/sft.yaml")
 
 
-def _plan(done) -> dict:
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def _plan(code: int, stdout: str, stderr: str) -> dict:
+    assert code == 0, stderr
+    return json.loads(stdout)
 
 
 def test_tiny_plan(cli_process):
-    plan = _plan(
-        cli_process("plan", "tiny/sft", "--json", "--image", "56x56", "--image", "112x56", "--world-size", "2")
-    )
+    asked = ["plan", "tiny/sft", "model.language.share_embeddings_and_output_weights=false", "--json"]
+    sizes = ["--image", "56x56", "--image", "112x56"]
+    done = cli_process(*asked, *sizes, "--world-size", "2", "--device", "a100")
+    plan = _plan(done.returncode, done.stdout, done.stderr)
     assert plan["config"]["optim"]["beta2"] == 0.98
     params = plan["params"]
     assert params["total"] == params["language"] + params["vision"] + params["projector"]
+    assert plan["device"]["memory"][0]["weights"] == 4 * params["total"]  # planned, and counted on the built model
     assert plan["images"] == [
         {"width": 56, "height": 56, "grid": [1, 1], "tiles": 1, "tokens": 4},
         {"width": 112, "height": 56, "grid": [2, 1], "tiles": 3, "tokens": 12},
@@ -28,8 +32,8 @@ def test_tiny_plan(cli_process):
 
 
 @pytest.mark.slow
-def test_full_scale_plan_needs_no_data(cli_process):
-    plan = _plan(cli_process("plan", "recipes/sft.yaml", "--json"))
+def test_full_scale_plan_needs_no_data(cli):
+    plan = _plan(*cli("plan", SFT, "--json"))
     assert plan["missing"] == ["data.root", "init_from"]
     assert plan["config"]["data"]["root"] == "???"
     assert plan["params"] == {
@@ -44,36 +48,38 @@ def test_full_scale_plan_needs_no_data(cli_process):
 
 
 @pytest.mark.slow
-def test_tables(cli_process):
-    done = cli_process("plan", "tiny/sft", "train.freeze=[vision]", "~data.sources.text")
-    assert done.returncode == 0, done.stderr
-    assert all(text in done.stdout for text in ("Parameters", "Images", "Layout", "projector", "name: tiny_sft"))
+def test_tables(cli):
+    code, shown, stderr = cli("plan", "tiny/sft", "train.freeze=[vision]", "~data.sources.text")
+    assert code == 0, stderr
+    assert all(text in shown for text in ("Parameters", "Images", "Layout", "projector", "name: tiny_sft"))
 
 
-def test_flops_need_no_device(cli_process):
-    plan = _plan(cli_process("plan", "tiny/sft", "--json", "--tiles", "3"))
+@pytest.mark.slow
+def test_flops_need_no_device(cli):
+    plan = _plan(*cli("plan", "tiny/sft", "--json", "--tiles", "3"))
     assert plan["device"] is None
     assert plan["flops"]["tiles_per_pack"] == 3
     assert plan["flops"]["per_token"] > plan["flops"]["per_text_token"] > 0
 
 
 @pytest.mark.slow
-def test_a_device_and_a_proposal(cli_process):
-    asked = ["plan", "recipes/sft.yaml", "parallel.context=1", "--world-size", "8", "--device", "h100", "--propose"]
-    plan = _plan(cli_process(*asked, "--json"))
+def test_a_device_and_a_proposal(cli):
+    asked = ["plan", SFT, "parallel.context=1", "--world-size", "8", "--device", "h100", "--propose"]
+    plan = _plan(*cli(*asked, "--json"))
     device = plan["device"]
     assert not device["fits"] and device["needed_gib"] > device["device_gib"]
     assert device["nearest"] and all(override.count("=") == 1 for override in device["nearest"])
     parts = device["memory"][0]
-    assert parts["total"] == pytest.approx(sum(parts[name] for name in list(parts)[:-2]))
+    assert parts["total"] == pytest.approx(sum(parts[name] for name in list(parts)[:-3]))
+    assert parts["total"] < parts["reserved"] < parts["needed"]
     assert [row["gpus"] for row in device["scaling"]] == [8, 16, 32, 64, 128, 256, 512, 1024]
     assert device["proposal"]["gpu_hours"] > 0
 
-    again = _plan(cli_process(*asked[:-1], *device["proposal"]["overrides"], "--json"))["device"]
+    again = _plan(*cli(*asked[:-1], *device["proposal"]["overrides"], "--json"))["device"]
     assert again["fits"] and again["memory"] == device["proposal"]["memory"]
 
-    shown = cli_process(*asked)
-    assert shown.returncode == 0, shown.stderr
+    code, shown, stderr = cli(*asked)
+    assert code == 0, stderr
     for text in (
         "Model FLOPs",
         "GiB on a GPU",
@@ -82,7 +88,7 @@ def test_a_device_and_a_proposal(cli_process):
         "Scaling",
         "GPU-hours",
     ):
-        assert text in shown.stdout
+        assert text in shown
 
 
 def test_what_is_asked_wrongly(cli):

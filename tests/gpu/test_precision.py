@@ -10,14 +10,16 @@ from tests.runtime.processes import TRAIN, finish, start
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-STEPS = 200
+STEPS, PACKS, TOKENS = 200, 4, 1024
 MODEL = (
     "model.language={num_layers: 8, hidden_size: 512, ffn_hidden_size: 1536, num_attention_heads: 8, "
-    "num_query_groups: 4, kv_channels: 64, init_method_std: 0.02}"
+    "num_query_groups: 4, kv_channels: 64, init_method_std: 0.02, vocab_size: 16384}"
 )
+# No text comes twice: by heart, curves part by more than the precision makes them.
 TEXT = [
-    *("~data.sources.digits", "~data.sources.photos", "data.sequence_length=1024", "train.freeze=[vision,projector]"),
-    *("train.global_batch_size=16", "train.micro_batch_size=8", "optim.lr=5e-4", "optim.warmup_steps=20"),
+    *("~data.sources.digits", "~data.sources.photos", f"data.sources.text.shards=[text-{TOKENS}-*.tar]"),
+    *(f"data.sequence_length={TOKENS}", "data.max_documents=2", "train.freeze=[vision,projector]"),
+    *(f"train.global_batch_size={PACKS}", f"train.micro_batch_size={PACKS}", "optim.lr=5e-4", "optim.warmup_steps=20"),
     *(f"train.steps={STEPS}", "train.save_every=1000", "parallel.distributed_optimizer=true", "precision=bf16"),
 ]
 VARIANTS = {
@@ -28,8 +30,8 @@ VARIANTS = {
     "fp8_current_bf16_ends": [
         *("precision=fp8_current", "precision.fp8.bf16_first_layers=1", "precision.fp8.bf16_last_layers=1")
     ],
-    "graphs": ["train.cuda_graphs=true", "data.max_documents=32"],
-    "graphs_fp8_current": ["train.cuda_graphs=true", "data.max_documents=32", "precision=fp8_current"],
+    "graphs": ["train.cuda_graphs=true"],
+    "graphs_fp8_current": ["train.cuda_graphs=true", "precision=fp8_current"],
     "recompute_mlp": ["train.recompute.language=mlp"],
     "recompute_full": ["train.recompute.language=full", "train.recompute.language_layers=5"],
     "recompute_fp8": ["train.recompute.language=mlp", "precision=fp8_current"],
@@ -37,12 +39,26 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def curves(request, tmp_path_factory):
+def text(tmp_path_factory):
+    """NEMO_BLUELM_TEXT, where the packages that it is made from are missing, or a new corpus.
+
+    It is what ``nemo-bluelm bench corpus DIR --lengths 1024 --text-tokens 850000`` makes.
+    """
+    if "NEMO_BLUELM_TEXT" in os.environ:
+        return os.environ["NEMO_BLUELM_TEXT"]
+    from nemo_bluelm.bench.corpus import make_corpus
+
+    folder = tmp_path_factory.mktemp("text") / "corpus"
+    make_corpus(folder, [TOKENS], STEPS * PACKS * TOKENS, images=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def curves(text, tmp_path_factory):
     """Losses of all variants, trained side by side on one GPU."""
     pytest.importorskip("transformer_engine")
-    corpus = os.environ.get("NEMO_BLUELM_CORPUS") or request.getfixturevalue("corpus")
     folder = tmp_path_factory.mktemp("precision")
-    fixed = [f"data.root={corpus}", MODEL, *TEXT]
+    fixed = [f"data.root={text}", MODEL, *TEXT]
     # Each has an index of its own: they would write the same files at the same time.
     started = {
         name: start(
@@ -73,4 +89,4 @@ def test_curve_is_that_of_bf16(variant, curves):
     worst = max(abs(mean(losses, at) / mean(reference, at) - 1) for at in range(0, STEPS - 20))
     print(f"{variant}: worst difference of a 20-step mean {worst:.4%}")
     assert worst < 0.01
-    assert mean(reference, STEPS - 20) < 0.75 * mean(reference, 0), "the reference itself must learn"
+    assert mean(reference, STEPS - 20) < 0.8 * mean(reference, 0), "the reference itself must learn"

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from planner_measured import TextStep
+
 from nemo_bluelm.config.schema import DataConfig, ModelConfig, OptimConfig, Part, Recipe, SourceConfig, TrainConfig
 from nemo_bluelm.planner.layouts import with_settings
 
@@ -25,3 +27,9 @@ def full_recipe(length: int = 4096, batch: int = 64, freeze=(), model: ModelConf
 def in_fp8(recipe: Recipe, kind) -> Recipe:
     precision = replace(recipe.precision, fp8=replace(recipe.precision.fp8, recipe=kind))
     return replace(recipe, precision=precision)
+
+
+def measured_recipe(row: TextStep) -> Recipe:
+    """What ``row`` was measured with."""
+    settings = dict(train__micro_batch_size=row.packs, train__cuda_graphs=row.graphs)
+    return in_fp8(full_recipe(4096, 8, TEXT_ONLY, **settings, parallel__distributed_optimizer=True), row.fp8)

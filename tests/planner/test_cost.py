@@ -1,7 +1,8 @@
 """Estimated steps against measured ones, and what layouts and devices must do to them."""
 
 import pytest
-from planner_pieces import TEXT_ONLY, full_recipe, in_fp8
+from planner_measured import DEVICE, KERNELS, TEXT_STEPS, VISION_MILLISECONDS
+from planner_pieces import TEXT_ONLY, full_recipe, in_fp8, measured_recipe
 
 from nemo_bluelm.config.schema import ContextComm, Fp8Recipe, Part, Recompute
 from nemo_bluelm.errors import UserError
@@ -12,28 +13,33 @@ from nemo_bluelm.planner.devices import DEVICES, find_device
 H100 = DEVICES["h100"]
 
 
-@pytest.mark.parametrize(
-    "packs, graphs, fp8, measured",
-    [
-        (1, True, None, 0.606),
-        (2, False, None, 0.618),
-        (1, False, None, 0.819),
-        (2, True, Fp8Recipe.delayed, 0.477),
-        (2, False, Fp8Recipe.delayed, 0.516),
-        (1, False, Fp8Recipe.delayed, 0.972),
-        (1, True, Fp8Recipe.current, 0.522),
-        (2, False, Fp8Recipe.current, 0.563),
-        (2, False, Fp8Recipe.blockwise, 0.586),
-    ],
-)
-def test_text_on_one_gpu(packs, graphs, fp8, measured):
-    """Seconds of steps of 16,384 tokens of text on an H100, from which the rates come."""
-    recipe = full_recipe(4096, 4, TEXT_ONLY, train__micro_batch_size=packs, train__cuda_graphs=graphs)
-    found = estimate(in_fp8(recipe, fp8), 1, H100, 0)
-    assert found.seconds == pytest.approx(measured, rel=0.05)
-    assert found.flops == 4 * pack_flops(recipe.model, [4096], 0, TEXT_ONLY).total
+@pytest.mark.parametrize("row", TEXT_STEPS)
+def test_text_on_one_gpu(row):
+    recipe = measured_recipe(row)
+    found = estimate(recipe, 1, DEVICES[DEVICE], 0)
+    assert found.seconds * 1000 == pytest.approx(row.milliseconds, rel=0.05)
+    assert found.optimizer * 1000 == pytest.approx(
+        KERNELS["Adam"] * TEXT_STEPS[0].milliseconds / KERNELS["in all"], rel=0.05
+    )
+    assert found.flops == 8 * pack_flops(recipe.model, [4096], 0, TEXT_ONLY).total
     assert found.mfu == pytest.approx(found.flops / found.seconds / 989.4e12)
     assert sum(found.sent.values()) == 0
+
+
+@pytest.mark.parametrize("fp8", VISION_MILLISECONDS)
+def test_vision_on_one_gpu(fp8):
+    """What 64 tiles add to a step."""
+    recipe = in_fp8(full_recipe(16384, 1, parallel__distributed_optimizer=True), fp8)
+    recipe.precision.fp8.parts = [Part.vision]
+    with_tiles, without = (estimate(recipe, 1, DEVICES[DEVICE], tiles).compute for tiles in (64, 0))
+    assert (with_tiles - without) * 1000 == pytest.approx(VISION_MILLISECONDS[fp8], rel=0.05)
+
+
+def test_small_micro_batches_wait_for_the_host():
+    eager, graphs = (full_recipe(2048, 8, TEXT_ONLY, train__cuda_graphs=graphs) for graphs in (False, True))
+    assert estimate(eager, 1, H100, 0).compute > 2 * estimate(graphs, 1, H100, 0).compute
+    for fp8 in Fp8Recipe:
+        assert estimate(in_fp8(graphs, fp8), 1, H100, 0).compute < estimate(graphs, 1, H100, 0).compute
 
 
 def test_bytes_sent():
