@@ -12,20 +12,20 @@ from nemo_bluelm.planner.memory import micro_batches, notable_stages, stage_laye
 # 32,768 tokens of text, language model trained and ViT frozen; the rows are in tests/planner/planner_measured.py. Other
 # kinds of GPU are taken to reach the same shares of their printed rates.
 #
-# Of the 1,102 ms that a BF16 step took, kernels ran 1,022: matrix products 660, attention 176, Adam 21, all else 165.
-# What lay between kernels is spread over them, so shares are 0.93 of the kernels' own.
+# A BF16 step took 1,102 ms; its kernels, profiled on another machine of the kind, take 1,022: matrix products 660,
+# attention 176, Adam 21, all else 165. The gaps are spread over them, so shares are 0.93 of the kernels' own.
 ATTENTION = 0.35  # of the dense BF16 peak
 OUTPUT = 0.69  # the output layer's products, always in BF16
 # Linear layers. With FP8, casts are in it: current from 908 ms under CUDA graphs; delayed from its 953 ms without them,
-# against 991; blockwise 8% behind current, as Megatron-Core's own modules were on an H100.
+# against 991; blockwise 9% behind current, as Megatron-Core's own modules were on an H100.
 LINEAR = {None: 0.69, Fp8Recipe.delayed: 1.08, Fp8Recipe.current: 0.99, Fp8Recipe.blockwise: 0.90}
 HBM = 0.68  # of its printed rate: Adam
 OPTIMIZER_BYTES = 30  # read and written of each parameter: gradient, master, two moments, BF16 weight
 # Norms, activations, RoPE, residuals, cross entropy: bytes moved for each FLOP of the linear layers, times the hidden
 # size. Products grow with its square, the rest with the size itself.
 ELEMENTWISE = 3.4
-# ViT and projector, all they do: 64 tiles in 325 ms, 297 in FP8 (delayed; current is taken to be as fast).
-VISION, VISION_FP8 = 0.40, 0.44
+# ViT and projector, all they do: 64 tiles in 325 ms. FP8 current takes 323, it waits for the host.
+VISION = 0.40
 # Seconds that the GPU waits for the host in a layer's forward and backward, which CUDA graphs do away with: 64 and 128
 # of them in a step, of micro-batches of 16,384 and 8,192 tokens. BF16 took 1,131 ms at 8,192, 1,118 with graphs; FP8
 # current took 991 ms at 16,384, and 908 at 8,192 with graphs. That all FP8 recipes wait alike is assumed.
@@ -158,10 +158,9 @@ def _compute(recipe: Recipe, device: Device, flops: Flops, stage: int) -> float:
     if last:
         seconds += packs * flops.output / (OUTPUT * slower) / ranks / device.peak
     if stage == 0 and flops.vision:
-        viewers = ranks if parallel.share_tiles else 1
-        vision = packs * flops.vision * _again(recipe, Part.vision, recipe.model.vision.num_layers) / viewers
-        share = VISION if fp8.recipe is None or Part.vision not in fp8.parts else VISION_FP8
-        seconds += max(vision / share / device.peak, recipe.model.vision.num_layers * HOST[None])
+        share = ranks if parallel.share_tiles else 1
+        vision = packs * flops.vision * _again(recipe, Part.vision, recipe.model.vision.num_layers) / share
+        seconds += max(vision / VISION / device.peak, recipe.model.vision.num_layers * HOST[None])
     return seconds
 
 
