@@ -13,6 +13,7 @@ from nemo_bluelm.cli.bench_options import (
     refuse_ranks,
     save,
 )
+from nemo_bluelm.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_ranks()
     check_files(args, "json", "profile")
     recipe = bench_recipe(args, world_size=1)
+    _check_sizes(args.micro_batches or [], recipe.train.global_batch_size)
     ours = measure_ours(recipe, args.steps, args.warmup, start) if args.ours else None
     rows = measure(recipe, args.steps, args.warmup, start, args.micro_batches, args.compile, profile)
     report = {"bench": "peers", "recipe": args.recipe, "overrides": args.overrides, **compare(ours, rows)}
@@ -60,6 +62,15 @@ def run(args: argparse.Namespace) -> int:
     if report["note"]:
         print(f"note: {report['note']}", file=sys.stderr)
     return 1 if report["best"] is None or (args.ours and report["ratio"] is None) else 0
+
+
+def _check_sizes(micro_batches: list[int], packs: int) -> None:
+    for size in micro_batches:
+        if packs % size:
+            raise UserError(
+                f"--micro-batches {size} does not divide train.global_batch_size {packs}; take one of "
+                + ", ".join(str(n) for n in range(1, packs + 1) if packs % n == 0)
+            )
 
 
 def _sizes(text: str) -> list[int]:

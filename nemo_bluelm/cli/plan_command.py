@@ -3,7 +3,6 @@
 import argparse
 import json
 import re
-import sys
 from typing import TYPE_CHECKING
 
 from nemo_bluelm.cli.arguments import add_json_argument, add_recipe_arguments, positive
@@ -31,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", metavar="GPU", help="kind of GPU (h100, h200, a100, a100_40, b200): memory and time"
     )
     parser.add_argument(
-        "--tiles", type=_count, metavar="N", help="image tiles in every pack; default: the most that a pack can hold"
+        "--tiles",
+        type=_count,
+        metavar="N",
+        help="image tiles in every pack; default: the most that it can hold, and FLOPs and time of text alone too",
     )
     parser.add_argument(
         "--propose",
@@ -51,25 +53,29 @@ def run(args: argparse.Namespace) -> int:
     from nemo_bluelm.errors import UserError
     from nemo_bluelm.planner.devices import find_device
     from nemo_bluelm.planner.memory import most_tiles
-    from nemo_bluelm.planner.summary import check_layout, device_summary, flops_summary
+    from nemo_bluelm.planner.summary import check_layout, device_summary, flops_summary, parameters
 
     device = find_device(args.device) if args.device else None
     if args.propose and not (device and args.world_size):
         raise UserError("--propose needs to know for what; add --world-size N --device h100")
     recipe, missing, config = load_without_data(args.recipe, args.overrides)
-    tiles = most_tiles(recipe) if args.tiles is None else args.tiles
-    check_layout(recipe, args.world_size, device, tiles)
+    most = most_tiles(recipe)
+    tiles = most if args.tiles is None else min(args.tiles, most)
+    with_text = args.tiles is None and most > 0
+    problem = check_layout(recipe, args.world_size, device, tiles, args.propose)
+    if args.tiles is not None and args.tiles > most:
+        raise UserError(f"--tiles is {args.tiles}; {_limit(recipe, most)}")
     on_device = None
     if device is not None:
         world_size = args.world_size or _model_ranks(recipe)
-        on_device = device_summary(recipe, world_size, device, tiles, args.propose)
+        on_device = device_summary(recipe, world_size, device, tiles, args.propose, with_text, problem)
     plan = {
         "config": config,
         "missing": missing,
-        "params": _parameters(recipe),
+        "params": parameters(recipe),
         "images": _images(recipe, args.image or _SIZES),
-        "layout": _layout(recipe, args.world_size),
-        "flops": flops_summary(recipe, tiles),
+        "layout": _layout(recipe, None if problem else args.world_size),
+        "flops": flops_summary(recipe, tiles, with_text),
         "device": on_device,
     }
     if args.json:
@@ -96,12 +102,14 @@ def _model_ranks(recipe: "Recipe") -> int:
     return recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
 
 
-def _parameters(recipe: "Recipe") -> dict[str, int]:
-    if sys.stderr.isatty():
-        print("building the model on the meta device ...", file=sys.stderr)
-    from nemo_bluelm.runtime.params import count_parameters
+def _limit(recipe: "Recipe", most: int) -> str:
+    from nemo_bluelm.config.schema import geometry_of
 
-    return count_parameters(recipe.model)
+    data = recipe.data
+    if most == data.max_tiles:
+        return f"a pack holds {most} at most, data.max_tiles"
+    tokens = geometry_of(recipe.model).tokens_per_tile
+    return f"a pack holds {most} at most, data.sequence_length {data.sequence_length} at {tokens} tokens a tile"
 
 
 def _images(recipe: "Recipe", sizes: list[tuple[int, int]]) -> list[dict]:

@@ -32,10 +32,9 @@ def check_recipe(recipe: Recipe, world_size: int | None) -> None:
     Raises:
         UserError: the first thing that is wrong.
     """
-    for check in (_ranges, _names, _mixture, _vision, _language, _context, _precision, _recompute, _schedule, _freeze):
-        for message in check(recipe):
-            raise UserError(message)
-    if message := layout_problem(recipe, world_size):
+    for message in _all_but_layout(recipe):
+        raise UserError(message)
+    if message := layout_problem(recipe, world_size, lambda candidate: not any(_all_but_layout(candidate))):
         raise UserError(message)
 
 
@@ -79,6 +78,11 @@ def check_machine(recipe: Recipe) -> None:
                 f"precision.fp8.recipe is {fp8.value}, which needs compute capability {needed[0]}.{needed[1]}, and "
                 f"{torch.cuda.get_device_name()} has {found[0]}.{found[1]}; set precision.fp8.recipe=null"
             )
+
+
+def _all_but_layout(recipe: Recipe) -> Iterator[str]:
+    for check in (_ranges, _names, _mixture, _vision, _language, _context, _precision, _recompute, _schedule, _freeze):
+        yield from check(recipe)
 
 
 # Key -> (smallest allowed value, whether that value itself is allowed).

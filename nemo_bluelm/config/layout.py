@@ -1,8 +1,9 @@
 """Which parallel layouts a recipe can have: what ranks share must divide. Every refusal names the nearest layout."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import reduce
 from itertools import product
 from typing import Any, Optional
 
@@ -14,6 +15,8 @@ KEYS = (
     *("parallel.first_stage_layers", "parallel.context", "parallel.context_comm"),
     *("data.sequence_length", "train.micro_batch_size", "train.global_batch_size"),
 )
+Accepts = Callable[[Recipe], bool]  # whether a recipe passes what is checked elsewhere
+_SPLITS = ("tensor", "pipeline", "context")  # their product is the ranks of one copy of the model
 _KEPT = 12  # of the options for one part of a layout, those that change least are combined with the other parts'
 
 
@@ -26,20 +29,29 @@ def alignment(recipe: Recipe) -> int:
     return 2 * context if context > 1 else 1
 
 
-def layout_problem(recipe: Recipe, world_size: Optional[int]) -> Optional[str]:
+def layout_problem(recipe: Recipe, world_size: Optional[int], accepts: Accepts) -> Optional[str]:
     """In one line what is wrong with the layout and which one is nearest, as overrides; None where it can train.
 
     Args:
-        recipe: its other keys are valid.
+        recipe: ``accepts`` it.
         world_size: number of ranks it will run on; None leaves out what depends on it.
+        accepts: whether every other check passes; what is suggested must pass those too.
     """
     problem = next(problems(recipe, world_size), None)
     if problem is None:
         return None
-    changes = nearest_layout(recipe, world_size)
-    if changes is None:
-        return problem
-    return f"{problem}; the nearest that fits: {' '.join(f'{key}={_text(value)}' for key, value in changes.items())}"
+    changes = nearest_layout(recipe, world_size, accepts)
+    if changes is not None:
+        return f"{problem}; the nearest that fits: {_overrides(changes)}"
+    for words, less in _less_fp8(recipe):
+        with_less = with_changes(recipe, less)
+        changes = nearest_layout(with_less, world_size, accepts)
+        if changes is None:
+            continue
+        mended = _mended(recipe, changes, world_size, accepts)
+        model = f"; FP8 {recipe.precision.fp8.recipe.value} fits with {_overrides(mended)}" if mended else ""
+        return f"{problem}{model}; {words} the nearest that fits: {_overrides(less | changes)}"
+    return problem
 
 
 def problems(recipe: Recipe, world_size: Optional[int]) -> Iterator[str]:
@@ -61,7 +73,10 @@ def _tensor(recipe: Recipe) -> Iterator[str]:
 
 def _pipeline(recipe: Recipe) -> Iterator[str]:
     parallel, layers = recipe.parallel, recipe.model.language.num_layers
-    stages, first, virtual = parallel.pipeline, parallel.first_stage_layers, parallel.virtual_pipeline
+    return _stages(layers, parallel.pipeline, parallel.virtual_pipeline, parallel.first_stage_layers)
+
+
+def _stages(layers: int, stages: int, virtual: Optional[int], first: Optional[int]) -> Iterator[str]:
     for key, value in (("virtual_pipeline", virtual), ("first_stage_layers", first)):
         if value is not None and stages == 1:
             yield f"parallel.{key} is {value} with parallel.pipeline 1, which has nothing to divide"
@@ -112,32 +127,37 @@ def _rows_needed(recipe: Recipe) -> tuple[int, str]:
 
 
 def _fp8_shapes(recipe: Recipe) -> Iterator[str]:
-    fp8, tensor, language = recipe.precision.fp8, recipe.parallel.tensor, recipe.model.language
+    for told, _ in _fp8_misfits(recipe):
+        yield told
+
+
+def _fp8_misfits(recipe: Recipe) -> Iterator[tuple[str, dict[str, int]]]:
+    """Each size of the model that FP8 can't take, in words, and the key to change with the nearest value that fits."""
+    fp8, tensor = recipe.precision.fp8, recipe.parallel.tensor
     if fp8.recipe is None:
         return
     multiple = FP8_MULTIPLE[fp8.recipe]
+    sizes = {}  # for each key: what must be a multiple, its size, the ranks that split it, the step of the key
     if Part.language in fp8.parts:
-        for name, size, ranks in (
-            ("hidden_size", language.hidden_size, 1),
-            ("ffn_hidden_size", language.ffn_hidden_size, tensor),
-            ("num_attention_heads * kv_channels", language.num_attention_heads * language.kv_channels, tensor),
-            ("num_query_groups * kv_channels", language.num_query_groups * language.kv_channels, tensor),
-        ):
-            if size % (multiple * ranks):
-                over = f" over parallel.tensor {ranks} ranks" if ranks > 1 else ""
-                yield (
-                    f"model.language.{name} is {size}{over}, not a multiple of {multiple} as FP8 {fp8.recipe.value} "
-                    f"needs, the nearest is {_nearest_multiple(size, multiple * ranks)}; choose that or precision=bf16"
-                )
+        language, split = recipe.model.language, multiple * tensor
+        groups, channels = language.num_query_groups, language.kv_channels
+        both = f"model.language.num_query_groups {groups} * model.language.kv_channels {channels}"
+        pairs = math.lcm(2, split // math.gcd(split, groups))  # RoPE turns pairs of channels
+        sizes["model.language.hidden_size"] = "model.language.hidden_size", language.hidden_size, 1, multiple
+        ffn = language.ffn_hidden_size
+        sizes["model.language.ffn_hidden_size"] = "model.language.ffn_hidden_size", ffn, tensor, split
+        # Groups divide the attention heads, so heads * kv_channels fits where this does.
+        sizes["model.language.kv_channels"] = both, groups * channels, tensor, pairs
     if Part.vision in fp8.parts:
         vision = recipe.model.vision
-        for name in ("hidden_size", "ffn_hidden_size"):
-            if (size := getattr(vision, name)) % multiple:
-                yield (
-                    f"model.vision.{name} is {size}, not a multiple of {multiple} as FP8 {fp8.recipe.value} needs, the "
-                    f"nearest is {_nearest_multiple(size, multiple)}; choose that or leave vision out of "
-                    "precision.fp8.parts"
-                )
+        heads = math.lcm(multiple, vision.num_attention_heads)
+        sizes["model.vision.hidden_size"] = "model.vision.hidden_size", vision.hidden_size, 1, heads
+        sizes["model.vision.ffn_hidden_size"] = "model.vision.ffn_hidden_size", vision.ffn_hidden_size, 1, multiple
+    for key, (called, size, ranks, step) in sizes.items():
+        if size % (multiple * ranks):
+            over = f" over parallel.tensor {ranks} ranks" if ranks > 1 else ""
+            told = f"{called} is {size}{over}, not a multiple of {multiple} as FP8 {fp8.recipe.value} needs"
+            yield told, {key: _nearest_multiple(_get(recipe, key), step)}
 
 
 def _batch(recipe: Recipe, world_size: Optional[int]) -> Iterator[str]:
@@ -170,30 +190,63 @@ def _batch(recipe: Recipe, world_size: Optional[int]) -> Iterator[str]:
         )
 
 
-def nearest_layout(recipe: Recipe, world_size: Optional[int]) -> Optional[dict[str, Any]]:
+def nearest_layout(recipe: Recipe, world_size: Optional[int], accepts: Accepts) -> Optional[dict[str, Any]]:
     """The values of ``KEYS`` that differ in the valid layout with the fewest and smallest changes; None if none is."""
     best: Optional[tuple[float, dict[str, Any]]] = None
     parts = [_cheapest(recipe, options) for options in (_tensors(recipe), _pipelines(recipe), _contexts(recipe))]
-    for combination in product(*parts):
-        changes = {key: value for part in combination for key, value in part.items()}
-        cost = _cost(recipe, changes)
+    combinations = sorted(product(*parts), key=lambda combination: sum(cost for cost, _ in combination))
+    for combination in combinations:
+        cost = sum(cost for cost, _ in combination)
         if best is not None and cost >= best[0]:
+            break
+        changes = {key: value for _, part in combination for key, value in part.items()}
+        if world_size is not None and world_size % math.prod(changes[f"parallel.{name}"] for name in _SPLITS):
             continue
         candidate = with_changes(recipe, changes)
-        changes |= _sizes(candidate, world_size)
-        cost = _cost(recipe, changes)
-        if (best is None or cost < best[0]) and not any(problems(with_changes(recipe, changes), world_size)):
-            best = cost, changes
-    return best and {key: value for key, value in best[1].items() if value != _get(recipe, key)} or None
+        if any(_context(candidate)):
+            continue
+        for sizes in _sizes(candidate, world_size):
+            total = cost + distance(recipe, sizes)
+            if best is not None and total >= best[0]:
+                continue
+            sized = with_changes(candidate, sizes)
+            if accepts(sized) and not any(problems(sized, world_size)):
+                best = total, changes | sizes
+    return None if best is None else {key: value for key, value in best[1].items() if value != _get(recipe, key)}
 
 
-def with_changes(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """A copy of the recipe with other values for dotted keys of two words."""
-    sections: dict[str, dict[str, Any]] = {}
+def _less_fp8(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What takes FP8 out where no layout fits with it: in words, and as changes."""
+    fp8 = recipe.precision.fp8
+    if fp8.recipe is None:
+        return
+    if Part.vision in fp8.parts and Part.language in fp8.parts:
+        yield "with the ViT in BF16", {"precision.fp8.parts": [Part.language]}
+    # Not precision=bf16: a block loses to keys that the recipe or the command line set.
+    layers = {f"precision.fp8.{name}": 0 for name in ("bf16_first_layers", "bf16_last_layers") if getattr(fp8, name)}
+    yield "without FP8", {"precision.fp8.recipe": None} | layers
+
+
+def _mended(
+    recipe: Recipe, changes: dict[str, Any], world_size: Optional[int], accepts: Accepts
+) -> Optional[dict[str, Any]]:
+    """``changes``, a layout that fits without FP8, and the sizes of the model with which FP8 fits."""
+    laid_out = with_changes(recipe, changes)
+    shapes = {key: value for _, change in _fp8_misfits(laid_out) for key, value in change.items()}
+    further = nearest_layout(with_changes(laid_out, shapes), world_size, accepts) if shapes else None
+    return None if further is None else shapes | changes | further
+
+
+def with_changes(node: Any, changes: dict[str, Any]) -> Any:
+    """A copy of a recipe, or a part of one, with other values for dotted keys."""
+    values, sections = {}, {}
     for key, value in changes.items():
-        section, name = key.split(".")
-        sections.setdefault(section, {})[name] = value
-    return replace(recipe, **{name: replace(getattr(recipe, name), **values) for name, values in sections.items()})
+        name, _, rest = key.partition(".")
+        if rest:
+            sections.setdefault(name, {})[rest] = value
+        else:
+            values[name] = value
+    return replace(node, **values, **{name: with_changes(getattr(node, name), sub) for name, sub in sections.items()})
 
 
 def _tensors(recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -202,52 +255,52 @@ def _tensors(recipe: Recipe) -> Iterator[dict[str, Any]]:
     shared = math.gcd(*sizes)
     for tensor in (t for t in range(1, language.num_query_groups + 1) if shared % t == 0):
         for sequence in (False, True) if tensor > 1 else (False,):
-            yield {"parallel.tensor": tensor, "parallel.sequence": sequence}
+            changes = {"parallel.tensor": tensor, "parallel.sequence": sequence}
+            if not any(_fp8_shapes(with_changes(recipe, changes))):
+                yield changes
 
 
 def _pipelines(recipe: Recipe) -> Iterator[dict[str, Any]]:
     parallel, layers = recipe.parallel, recipe.model.language.num_layers
     for stages in range(1, layers + 1):
-        for virtual in {None, parallel.virtual_pipeline, 2, 4} if stages > 1 else (None,):
+        for virtual in dict.fromkeys((None, parallel.virtual_pipeline, 2, 4)) if stages > 1 else (None,):
             for first in (None, *range(1, layers)) if parallel.first_stage_layers and stages > 1 else (None,):
-                changes = {
-                    "parallel.pipeline": stages,
-                    "parallel.virtual_pipeline": virtual,
-                    "parallel.first_stage_layers": first,
-                }
-                if not any(_pipeline(with_changes(recipe, changes))):
-                    yield changes
+                if not any(_stages(layers, stages, virtual, first)):
+                    yield {
+                        "parallel.pipeline": stages,
+                        "parallel.virtual_pipeline": virtual,
+                        "parallel.first_stage_layers": first,
+                    }
 
 
 def _contexts(recipe: Recipe) -> Iterator[dict[str, Any]]:
     given = recipe.parallel.context
     for context in sorted({1, 2, 4, 8, 16, *range(max(1, given - 2), given + 1)}):
-        for comm in {recipe.parallel.context_comm, ContextComm.all_gather}:
+        for comm in dict.fromkeys((recipe.parallel.context_comm, ContextComm.all_gather)):
             yield {"parallel.context": context, "parallel.context_comm": comm}
 
 
-def _sizes(recipe: Recipe, world_size: Optional[int]) -> dict[str, Any]:
-    """Length and batch that go with the layout of ``recipe``."""
-    parallel, packs = recipe.parallel, recipe.train.micro_batch_size
-    needed = _rows_needed(recipe)[0]
+def _sizes(recipe: Recipe, world_size: Optional[int]) -> Iterator[dict[str, Any]]:
+    """Lengths and batches that go with the layout of ``recipe``: the multiples on both sides, within RoPE's reach."""
+    parallel, yarn = recipe.parallel, recipe.model.language.yarn
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    ranks = 1 if world_size is None else max(1, world_size // model_ranks)
-    batch = ranks * packs
+    batch = recipe.train.micro_batch_size * (1 if world_size is None else world_size // model_ranks)
     if parallel.virtual_pipeline is not None and world_size is not None:
         batch *= parallel.pipeline
-    return {
-        "data.sequence_length": _nearest_multiple(recipe.data.sequence_length, needed),
-        "train.global_batch_size": _nearest_multiple(recipe.train.global_batch_size, batch),
-    }
+    for length in _multiples(recipe.data.sequence_length, _rows_needed(recipe)[0]):
+        if length <= yarn.original_max_position_embeddings * yarn.factor:
+            for packs in _multiples(recipe.train.global_batch_size, batch):
+                yield {"data.sequence_length": length, "train.global_batch_size": packs}
 
 
-def _cheapest(recipe: Recipe, options: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that change least, and the one without parallelism, which asks least of the other parts."""
-    ordered = sorted(options, key=lambda changes: _cost(recipe, changes))
-    return [*ordered[:_KEPT], *(one for one in ordered[_KEPT:] if set(one.values()) <= {1, None, False, *ContextComm})]
+def _cheapest(recipe: Recipe, options: Iterator[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
+    """Those that change least, each after its cost, and the one without parallelism, which asks least of the others."""
+    ordered = sorted(((distance(recipe, changes), changes) for changes in options), key=lambda option: option[0])
+    plain = {1, None, False, *ContextComm}
+    return [*ordered[:_KEPT], *(one for one in ordered[_KEPT:] if set(one[1].values()) <= plain)]
 
 
-def _cost(recipe: Recipe, changes: dict[str, Any]) -> float:
+def distance(recipe: Recipe, changes: dict[str, Any]) -> float:
     """How far a layout is from the recipe's: a little for each key, and how often a number doubles."""
     cost = 0.0
     for key, value in changes.items():
@@ -259,16 +312,26 @@ def _cost(recipe: Recipe, changes: dict[str, Any]) -> float:
 
 
 def _get(recipe: Recipe, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(recipe, section), name)
+    return reduce(getattr, key.split("."), recipe)
+
+
+def _overrides(changes: dict[str, Any]) -> str:
+    """As they are pasted on the command line."""
+    return " ".join(f"{key}={_text(value)}" for key, value in changes.items())
 
 
 def _text(value: Any) -> str:
-    """As an override writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
     return str(getattr(value, "value", value))
 
 
 def _nearest_multiple(value: int, parts: int) -> int:
     return max(1, round(value / parts)) * parts
+
+
+def _multiples(value: int, parts: int) -> set[int]:
+    """The nearest multiples at most and at least ``value``."""
+    return {max(1, value // parts) * parts, -(-value // parts) * parts}

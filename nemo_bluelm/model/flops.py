@@ -129,6 +129,8 @@ def peak_flops(device_name: str) -> Optional[float]:
         device_name: as ``torch.cuda.get_device_name()`` gives it, for example "NVIDIA H100 80GB HBM3".
     """
     words = set(device_name.replace("-", " ").split())
+    if "MIG" in words:  # a part of the GPU, whose share the name doesn't tell
+        return None
     for name, peak in _PEAKS:
         if words.issuperset(name.split()):
             return peak

@@ -33,11 +33,20 @@ GAPS = {None: 0.1e-3, Fp8Recipe.delayed: 1.3e-3, Fp8Recipe.current: 1.3e-3, Fp8R
 # Seconds that the host needs to launch them, which is what small micro-batches take: of 4,096 tokens, on an H100, with
 # Megatron-Core's own modules, which launch more kernels; 128 took 819 ms in BF16.
 HOST = {None: 5.7e-3, Fp8Recipe.delayed: 6.7e-3, Fp8Recipe.current: 7.4e-3, Fp8Recipe.blockwise: 7.8e-3}
-# Assumed, not measured: what NCCL gets of a link, the start of a collective, and what matrix products lose when tensor
-# parallelism halves them.
+# Assumed, not measured: what NCCL gets of a link, and what matrix products lose when tensor parallelism halves them.
 LINK = 0.8
-LATENCY = 20e-6
 HALVED = 0.95
+# Assumed too: kernels that run beside a collective lose this share of its time to it, as it takes multiprocessors and
+# memory bandwidth from them.
+SLOWED = 0.25
+# Seconds for a collective to start (host and NCCL, assumed) and for each hop of its ring, inside a node and between
+# nodes: what NCCL's own tuning takes for rings with the Simple protocol, hwLat in src/graph/tuning.cc.
+START = 20e-6
+HOP_INSIDE = 3.4e-6
+HOP_BETWEEN = 14e-6
+# Parameters of a gradient bucket with parallel.overlap, which is reduced and gathered on its own: at least so many, and
+# so many for each rank that shares it (Megatron-Core's DistributedDataParallel).
+BUCKET, BUCKET_OF_RANK = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Estimate:
         compute: of the pipeline stage that takes longest, all micro-batches.
         bubble: stages waiting for the first and the last micro-batch.
         tensor, context, pipeline, tiles: communication inside a model copy.
-        data: reduction of gradients and gathering of parameters, as far as it sticks out.
+        data: reduction of gradients and gathering of parameters, as far as it sticks out or slows what hides it.
         optimizer: Adam.
         sent: bytes that a GPU of the busiest stage sends in a step, by the kind of parallelism.
         flops: model FLOPs of the step.
@@ -112,27 +121,29 @@ def estimate(recipe: Recipe, world_size: int, device: Device, tiles: int) -> Est
     flops = step_flops(recipe, tiles)
     slowest, busiest = max((_compute(recipe, device, flops, stage), stage) for stage in notable_stages(recipe))
     sent = _sent_per_micro_batch(recipe, busiest, tiles, size)
-    rates = {
-        "tensor": _rate(device, 1, parallel.tensor),
-        "context": _rate(device, parallel.tensor, parallel.context),
-        "pipeline": _rate(device, world_size // parallel.pipeline, parallel.pipeline),
-        "tiles": _rate(device, 1, parallel.tensor * parallel.context),
+    groups = {  # distance of neighbours, and ranks
+        "tensor": (1, parallel.tensor),
+        "context": (parallel.tensor, parallel.context),
+        "pipeline": (world_size // parallel.pipeline, 2),  # it only sends to the next
+        "tiles": (1, parallel.tensor * parallel.context),
     }
     calls = {"tensor": 8 * stage_layers(recipe)[busiest], "context": 4 * stage_layers(recipe)[busiest]}
-    waits = {kind: sent[kind] / rate + LATENCY * calls.get(kind, 2) for kind, rate in rates.items() if sent[kind]}
+    waits = {
+        kind: sent[kind] / _rate(device, *group) + _latency(*group) * calls.get(kind, 2)
+        for kind, group in groups.items()
+        if sent[kind]
+    }
     if parallel.context_comm == ContextComm.p2p and "context" in waits:  # goes round while attention works
         waits["context"] = max(0.0, waits["context"] - _attention(recipe, device, flops, busiest))
     one = slowest + sum(waits.values())
-    reduce, gather = _data_bytes(recipe, copies, busiest, size)
-    rate = _rate(device, parallel.tensor, copies * parallel.context)
-    hidden = one if parallel.overlap else 0.0  # behind one backward (two thirds) and one forward
-    data = max(0.0, reduce / rate - hidden * 2 / 3) + max(0.0, gather / rate - hidden / 3)
+    trained = _trained(recipe, busiest)
+    reduce, gather = _data_bytes(recipe, copies, trained, size)
     return Estimate(
         compute=count * slowest,
         bubble=(parallel.pipeline - 1) / (parallel.virtual_pipeline or 1) * one,
-        **{kind: count * waits.get(kind, 0.0) for kind in rates},
-        data=data,
-        optimizer=_optimizer(recipe, device, copies, busiest),
+        **{kind: count * waits.get(kind, 0.0) for kind in groups},
+        data=_data(recipe, device, copies, trained, reduce, gather, one),
+        optimizer=_optimizer(recipe, device, copies, trained),
         sent={**{kind: count * value for kind, value in sent.items()}, "data": reduce + gather},
         flops=flops.total * train.global_batch_size,
         tokens=recipe.data.sequence_length * train.global_batch_size,
@@ -219,18 +230,48 @@ def _sent_per_micro_batch(recipe: Recipe, stage: int, tiles: int, size: int) -> 
     }
 
 
-def _data_bytes(recipe: Recipe, copies: int, stage: int, size: int) -> tuple[float, float]:
+def _trained(recipe: Recipe, stage: int) -> int:
+    weights = stage_weights(recipe, stage)
+    return sum(weights.of(part) for part in Part if part not in recipe.train.freeze)
+
+
+def _data_bytes(recipe: Recipe, copies: int, trained: int, size: int) -> tuple[float, float]:
     """Bytes that a rank sends in rings, once a step, to reduce the gradients and to gather the parameters."""
     ranks = copies * recipe.parallel.context
-    trained = sum(stage_weights(recipe, stage).of(part) for part in Part if part not in recipe.train.freeze)
     one = trained * (ranks - 1) / ranks  # elements
     if recipe.parallel.distributed_optimizer:
         return 4.0 * one, one * size
     return 2 * 4.0 * one, 0.0  # an all-reduce
 
 
-def _optimizer(recipe: Recipe, device: Device, copies: int, stage: int) -> float:
-    trained = sum(stage_weights(recipe, stage).of(part) for part in Part if part not in recipe.train.freeze)
+def _data(
+    recipe: Recipe, device: Device, copies: int, trained: int, reduce: float, gather: float, micro_batch: float
+) -> float:
+    """Seconds that reduction and gathering add to a step.
+
+    They hide behind one micro-batch's backward (two thirds) and forward, which they slow.
+
+    Args:
+        reduce, gather: bytes that a rank sends.
+        micro_batch: seconds of one.
+    """
+    parallel = recipe.parallel
+    group = parallel.tensor, copies * parallel.context
+    if group[1] == 1:
+        return 0.0
+    buckets = math.ceil(trained / max(BUCKET, BUCKET_OF_RANK * group[1])) if parallel.overlap else 1
+    rounds_to_reduce = 1 if parallel.distributed_optimizer else 2  # an all-reduce goes round the ring twice
+    seconds = 0.0
+    for sent, rounds, behind in ((reduce, rounds_to_reduce, micro_batch * 2 / 3), (gather, 1, micro_batch / 3)):
+        if not sent:
+            continue
+        wanted = sent / _rate(device, *group) + buckets * rounds * _latency(*group)
+        hidden = min(wanted, behind) if parallel.overlap else 0.0
+        seconds += wanted - hidden + SLOWED * hidden
+    return seconds
+
+
+def _optimizer(recipe: Recipe, device: Device, copies: int, trained: int) -> float:
     shards = copies * recipe.parallel.context if recipe.parallel.distributed_optimizer else 1
     return trained * OPTIMIZER_BYTES / shards / (device.hbm * HBM)
 
@@ -243,3 +284,12 @@ def _rate(device: Device, stride: int, ranks: int) -> float:
     if stride * ranks <= GPUS_PER_NODE:
         return device.nvlink * LINK
     return min(device.nvlink, max(1, GPUS_PER_NODE // stride) * device.network) * LINK
+
+
+def _latency(stride: int, ranks: int) -> float:
+    """Seconds of a ring's start and of one round of it, ``ranks`` - 1 hops, whatever is sent.
+
+    Of the hops as many cross to another node as there are other nodes, which is what NCCL counts.
+    """
+    between = min(ranks, -(-stride * ranks // GPUS_PER_NODE)) - 1
+    return START + between * HOP_BETWEEN + (ranks - 1 - between) * HOP_INSIDE

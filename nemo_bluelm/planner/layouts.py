@@ -1,5 +1,7 @@
 """Layouts that fit N GPUs of a kind, the fastest first."""
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -7,14 +9,22 @@ from functools import cached_property
 from itertools import product
 from typing import Any, Optional
 
-from nemo_bluelm.config.layout import problems
+from nemo_bluelm.config.checks import check_recipe
+from nemo_bluelm.config.layout import distance, nearest_layout, problems, with_changes
 from nemo_bluelm.config.schema import ContextComm, Part, Recipe, Recompute
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.model.flops import Flops
 from nemo_bluelm.planner.cost import Estimate, estimate, step_flops
 from nemo_bluelm.planner.devices import GPUS_PER_NODE, Device
 from nemo_bluelm.planner.memory import GIB, Memory, notable_stages, stage_memory, stages_memory
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+# A rank with fewer tokens of a pack than this spends its time on launching kernels and on sending; nothing was measured
+# below.
+TOKENS_PER_RANK = 1024
+# A batch is large enough when a GPU does this share of what it does with so many packs of its own.
+ENOUGH, PACKS_PER_GPU = 0.9, 8
 
 # What a proposal may set.
 _PARALLEL = (
@@ -87,80 +97,156 @@ def propose(recipe: Recipe, world_size: int, device: Device, tiles: int) -> list
         recipe: all but its layout passes ``check_recipe``.
         tiles: image tiles in every pack.
     """
-    fitting = _candidates(recipe, world_size, device, tiles)
-    return sorted(fitting, key=lambda layout: (round(layout.estimate.seconds, 4), world_size // layout.data_parallel))
+    ways = _ways(recipe, tiles)
+    found = (_fitting(split, ways) for split in _splits(recipe, world_size, device, tiles, ways[0]))
+    return sorted((layout for layout in found if layout), key=_order)
 
 
-def nearest(recipe: Recipe, proposed: list[Layout]) -> Optional[Layout]:
-    """Of proposed layouts the one that changes fewest keys of ``recipe``; the fastest of equals."""
-    return min(proposed, key=lambda layout: len(layout.overrides(recipe)), default=None)
+def best(recipe: Recipe, world_size: int, device: Device, tiles: int) -> Optional[Layout]:
+    """The first of :func:`propose`, without the others; None if nothing fits."""
+    ways, found = _ways(recipe, tiles), None
+    for split in sorted(_splits(recipe, world_size, device, tiles, ways[0]), key=_order):
+        if found and _order(found) <= _order(split):  # what is computed again makes none of the rest faster
+            break
+        fitting = _fitting(split, ways)
+        if fitting and (found is None or _order(fitting) < _order(found)):
+            found = fitting
+    return found
 
 
 def fastest(recipe: Recipe, world_size: int, device: Device, tiles: int) -> Optional[Layout]:
-    """The fastest layout that fits; None if there is none.
+    """The fastest layout that fits, with a larger batch where a GPU gets much more done with it; None if none fits.
 
-    Where the global batch has too few packs for that many GPUs, it is doubled until it has enough.
+    The global batch is doubled as often as it takes to be within ``ENOUGH`` of the MFU that ``PACKS_PER_GPU`` packs for
+    each GPU would have, or for a layout to exist at all.
     """
+    batch = recipe.train.global_batch_size
+    most = max(0, math.ceil(math.log2(PACKS_PER_GPU * world_size / batch)))
+    found: dict[int, Optional[Layout]] = {}
+
+    def after(doublings: int) -> Optional[Layout]:
+        if doublings not in found:
+            found[doublings] = best(with_batch(recipe, batch << doublings), world_size, device, tiles)
+        return found[doublings]
+
+    if after(most) is None:  # an odd number of packs needs some doublings to be shared evenly
+        return next(filter(None, map(after, range(most + 1, most + world_size.bit_length() + 1))), None)
+
+    def is_enough(doublings: int) -> bool:
+        layout = after(doublings)
+        return layout is not None and layout.estimate.mfu >= ENOUGH * after(most).estimate.mfu
+
+    if is_enough(0):
+        return after(0)
+    # A larger batch is never slower, so the first that is enough can be bisected for.
+    return after(bisect_left(range(most + 1), True, lo=1, key=is_enough))
+
+
+def nearest(recipe: Recipe, world_size: int, device: Device, tiles: int) -> Optional[Layout]:
+    """The layout that changes least of ``recipe`` and fits; None if none does.
+
+    That is the one that ``check_recipe`` names if it has room, else by the same measure the nearest of those proposed,
+    more packs in a step among the changes.
+    """
+    changes = nearest_layout(recipe, world_size, lambda candidate: _is_valid(candidate, world_size))
+    if changes:
+        valid = Layout(with_changes(recipe, changes), world_size, device, tiles)
+        if valid.fits:
+            return valid
+    found, least = None, math.inf
     for doublings in range(world_size.bit_length() + 1):
-        batch = recipe.train.global_batch_size << doublings
-        if proposed := propose(with_settings(recipe, {"train.global_batch_size": batch}), world_size, device, tiles):
-            return proposed[0]
-    return None
+        if least <= doublings:  # so much the batch alone would change
+            break
+        more = with_batch(recipe, recipe.train.global_batch_size << doublings)
+        for layout in propose(more, world_size, device, tiles):
+            if (far := _distance(recipe, layout)) < least:
+                found, least = layout, far
+    return found
 
 
-def scaling(
-    recipe: Recipe, world_size: int, device: Device, tiles: int
-) -> Iterator[tuple[int, Optional[Layout], Optional[Layout]]]:
-    """For 8 to 1024 GPUs the fastest layout with the recipe's global batch, and with one that grows with them.
+def scaling(recipe: Recipe, base: Layout) -> Iterator[tuple[int, Optional[Layout], Optional[Layout]]]:
+    """For 8 to 1024 GPUs the fastest layout with the recipe's batch, or what ``fastest`` makes of it, and with one that
+    grows with the GPUs.
 
-    The second keeps the packs a GPU that ``world_size`` GPUs have; None for fewer GPUs than those.
+    The second keeps the packs a GPU that ``base`` has; None for fewer GPUs than those.
     """
     for gpus in WORLDS:
-        grown = None
-        if gpus >= world_size and gpus % world_size == 0:
-            batch = recipe.train.global_batch_size * gpus // world_size
-            grown = fastest(with_settings(recipe, {"train.global_batch_size": batch}), gpus, device, tiles)
-        yield gpus, fastest(recipe, gpus, device, tiles), grown
+        same, grown = fastest(recipe, gpus, base.device, base.tiles), None
+        if gpus >= base.world_size and gpus % base.world_size == 0:
+            batch = base.recipe.train.global_batch_size * gpus // base.world_size
+            is_same = same and same.recipe.train.global_batch_size == batch
+            grown = same if is_same else best(with_batch(recipe, batch), gpus, base.device, base.tiles)
+        yield gpus, same, grown
 
 
-def _candidates(recipe: Recipe, world_size: int, device: Device, tiles: int) -> Iterator[Layout]:
-    """Valid layouts that fit, each with the least recomputation."""
-    layers, ways = recipe.model.language.num_layers, _ways(recipe, tiles)
+def _is_valid(recipe: Recipe, world_size: int) -> bool:
+    if any(problems(recipe, world_size)):
+        return False
+    try:
+        check_recipe(recipe, world_size)
+    except UserError:
+        return False
+    return True
+
+
+def _order(layout: Layout) -> tuple[float, int]:
+    return round(layout.estimate.seconds, 4), layout.world_size // layout.data_parallel
+
+
+def _distance(recipe: Recipe, layout: Layout) -> float:
+    """``config.layout.distance``, and one for each setting of recomputation."""
+    mine, theirs = _settings(layout.recipe), _settings(recipe)
+    changes = {key: value for key, value in mine.items() if value != theirs[key]}
+    known = {key: value for key, value in changes.items() if key.count(".") == 1}
+    return distance(recipe, known) + len(changes) - len(known)
+
+
+def _fitting(layout: Layout, ways: list[dict[str, Any]]) -> Optional[Layout]:
+    """``layout``, which has the first of ``ways``, or with the first of the others that makes it fit."""
+    if layout.fits:
+        return layout
+    others = [replace(layout, recipe=with_settings(layout.recipe, way)) for way in ways[1:]]
+    if not (others and others[-1].fits):  # the last needs least
+        return None
+    return next(other for other in others if other.fits)
+
+
+def _splits(
+    recipe: Recipe, world_size: int, device: Device, tiles: int, recomputation: dict[str, Any]
+) -> Iterator[Layout]:
+    """Valid layouts, whether they fit or not."""
+    layers, batch = recipe.model.language.num_layers, recipe.train.global_batch_size
     sizes = [n for n in _POWERS if world_size % n == 0]
-    for tensor, pipeline, context, virtual, balanced, packs in product(
+    flops = step_flops(recipe, tiles)
+    comms = tuple(dict.fromkeys((recipe.parallel.context_comm, ContextComm.all_gather)))
+    for tensor, pipeline, context, packs in product(
         [n for n in sizes if n <= GPUS_PER_NODE],  # tensor parallelism talks too much to leave a node
         [n for n in sizes if n <= layers],
-        sizes,
-        (None, 2, 4),
-        (False, True),
+        [n for n in sizes if n == 1 or recipe.data.sequence_length >= n * TOKENS_PER_RANK],
         (1, 2, 4, 8),
     ):
         copies, rest = divmod(world_size, tensor * pipeline * context)
-        if rest or recipe.train.global_batch_size % (copies * packs) or (pipeline == 1 and (virtual or balanced)):
+        if rest or batch % (copies * packs):
             continue
         if context > 1 and packs > 1:  # the same rows a rank as half of both, and more to send
             continue
-        settings = {
-            "parallel.tensor": tensor,
-            "parallel.sequence": tensor > 1,
-            "parallel.pipeline": pipeline,
-            "parallel.virtual_pipeline": virtual,
-            "parallel.context": context,
-            "parallel.first_stage_layers": _first_stage(recipe, pipeline, virtual or 1, tiles) if balanced else None,
-            "parallel.distributed_optimizer": True,
-            "train.micro_batch_size": packs,
-        }
-        if balanced and settings["parallel.first_stage_layers"] is None:
-            continue
-        for comm in dict.fromkeys((recipe.parallel.context_comm, ContextComm.all_gather) if context > 1 else (None,)):
-            with_comm = settings | ({"parallel.context_comm": comm} if comm else {})
-            split = with_settings(recipe, with_comm)
-            if any(problems(split, world_size)):
-                continue
-            layouts = (Layout(with_settings(split, way), world_size, device, tiles) for way in ways)
-            most = Layout(with_settings(split, ways[-1]), world_size, device, tiles)  # computed again
-            if most.fits:
-                yield next(layout for layout in layouts if layout.fits)
+        for virtual, comm in product((None, 2, 4) if pipeline > 1 else (None,), comms if context > 1 else comms[:1]):
+            uneven = _first_stage(layers, flops, pipeline, virtual or 1)
+            for first in (None, uneven) if uneven else (None,):
+                settings = {
+                    "parallel.tensor": tensor,
+                    "parallel.sequence": tensor > 1,
+                    "parallel.pipeline": pipeline,
+                    "parallel.virtual_pipeline": virtual,
+                    "parallel.context": context,
+                    "parallel.context_comm": comm,
+                    "parallel.first_stage_layers": first,
+                    "parallel.distributed_optimizer": True,
+                    "train.micro_batch_size": packs,
+                }
+                split = with_settings(recipe, settings | recomputation)
+                if not any(problems(split, world_size)):
+                    yield Layout(split, world_size, device, tiles)
 
 
 def _ways(recipe: Recipe, tiles: int) -> list[dict[str, Any]]:
@@ -189,9 +275,8 @@ def _recompute_cost(recipe: Recipe, language: Recompute, vision: Recompute, tile
     return (flops.linear + flops.attention) * share[language] + flops.vision * share[vision]
 
 
-def _first_stage(recipe: Recipe, pipeline: int, virtual: int, tiles: int) -> Optional[int]:
+def _first_stage(layers: int, flops: Flops, pipeline: int, virtual: int) -> Optional[int]:
     """Decoder layers that leave the first stage, which has the ViT, as much work as the others; None if none do."""
-    layers, flops = recipe.model.language.num_layers, step_flops(recipe, tiles)
     layer = (flops.linear + flops.attention) / layers
     if pipeline == 1 or not layer:
         return None
@@ -200,22 +285,29 @@ def _first_stage(recipe: Recipe, pipeline: int, virtual: int, tiles: int) -> Opt
     return min(valid, key=lambda n: abs(n - wanted), default=None)
 
 
+def with_batch(recipe: Recipe, batch: int) -> Recipe:
+    return with_settings(recipe, {"train.global_batch_size": batch})
+
+
 def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     """A copy with dotted ``parallel`` and ``train`` keys changed."""
     parallel, train, recompute = {}, {}, {}
     for key, value in settings.items():
         *blocks, name = key.split(".")
         {("parallel",): parallel, ("train",): train, ("train", "recompute"): recompute}[tuple(blocks)][name] = value
+    if recompute:
+        train["recompute"] = replace(recipe.train.recompute, **recompute)
     return replace(
         recipe,
-        parallel=replace(recipe.parallel, **parallel),
-        train=replace(recipe.train, recompute=replace(recipe.train.recompute, **recompute), **train),
+        parallel=replace(recipe.parallel, **parallel) if parallel else recipe.parallel,
+        train=replace(recipe.train, **train),
     )
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     train = recipe.train
     return {
+        "data.sequence_length": recipe.data.sequence_length,
         **{f"parallel.{name}": getattr(recipe.parallel, name) for name in _PARALLEL},
         "train.global_batch_size": train.global_batch_size,
         "train.micro_batch_size": train.micro_batch_size,

@@ -1,17 +1,51 @@
-"""NeMo's Megatron optimizer, which also sums the gradients of what ranks work on in turns."""
+"""NeMo's Megatron optimizer; before its step, gradients are summed over shared tiles and divided by the targets."""
 
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
+from nemo.lightning.pytorch.optim.base import LRSchedulerModule
+from torch import Tensor
 
 from nemo_bluelm.runtime.sharing import sum_tile_gradients
 
 
-class SharingOptimizer(nl.MegatronOptimizerModule):
-    """For models whose tensor-parallel ranks split the ViT's tiles (``parallel.share_tiles``)."""
+class Optimizer(nl.MegatronOptimizerModule):
+    """MegatronOptimizerModule that finishes gradients without making the host wait for the GPU.
 
-    def finalize_model_grads(self, model: Sequence[torch.nn.Module], *args, **kwargs) -> None:
-        """Megatron's hook at the end of a step's backward passes."""
-        super().finalize_model_grads(model, *args, **kwargs)
-        sum_tile_gradients(model)
+    Args:
+        config, lr_scheduler: as MegatronOptimizerModule. NeMo builds the module anew from the arguments' names for
+            every further virtual stage, so they are spelt out.
+        share_tiles: tensor-parallel ranks split the ViT's tiles (``parallel.share_tiles``).
+    """
+
+    def __init__(self, config: OptimizerConfig, lr_scheduler: LRSchedulerModule, share_tiles: bool):
+        super().__init__(config, lr_scheduler)
+        self.share_tiles = share_tiles
+
+    def finalize_model_grads(
+        self, model: Sequence[torch.nn.Module], num_tokens: Optional[Tensor] = None, **options
+    ) -> None:
+        """Megatron's hook at the end of a step's backward passes.
+
+        Args:
+            model: the DistributedDataParallel modules of this rank.
+            num_tokens: int [], targets that this rank counted; on the last pipeline stage only.
+        """
+        super().finalize_model_grads(model, None, **options)
+        if num_tokens is not None:
+            _divide_by_targets(model, num_tokens)
+        if self.share_tiles:
+            sum_tile_gradients(model)
+
+
+def _divide_by_targets(model: Sequence[torch.nn.Module], num_tokens: Tensor) -> None:
+    """Megatron-Core does it too, but asks the GPU first whether there are any."""
+    last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
+    torch.distributed.broadcast(num_tokens, last_stage, group=parallel_state.get_pipeline_model_parallel_group())
+    torch.distributed.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for chunk in model:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from typing import Optional
 
 import torch
@@ -27,15 +28,24 @@ class StopOnSignal(Callback):
         self.checkpoints = checkpoints
         self.received = 0
         self._noted = 0  # by this rank
+        self._speaks = False
         self._answer: Optional[Later] = None
         self._previous = {}
 
     def _note(self, number: int, frame) -> None:
+        name = signal.Signals(number).name
         if self._noted:
+            self._say(f"{name} again: stopped at once; the same command goes on from the newest checkpoint")
             os._exit(128 + number)
         self._noted = number
+        self._say(f"{name}: the run ends after this step, with a checkpoint; once more stops it at once")
 
-    def on_train_start(self, *args) -> None:
+    def _say(self, text: str) -> None:
+        if self._speaks:
+            os.write(sys.stderr.fileno(), f"{text}\n".encode())  # print may be what was interrupted
+
+    def on_train_start(self, trainer: Trainer, *args) -> None:
+        self._speaks = trainer.is_global_zero
         self._previous = {sig: signal.signal(sig, self._note) for sig in SIGNALS}
 
     def on_train_batch_end(self, trainer: Trainer, module, *args) -> None:

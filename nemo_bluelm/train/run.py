@@ -104,10 +104,9 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
     """
     import torch
     from megatron.core.optimizer import OptimizerConfig
-    from nemo import lightning as nl
 
     from nemo_bluelm.runtime.data import PackDataModule
-    from nemo_bluelm.runtime.optimizer import SharingOptimizer
+    from nemo_bluelm.runtime.optimizer import Optimizer
     from nemo_bluelm.runtime.plugin import BlueLM
     from nemo_bluelm.runtime.strategy import build_strategy, build_trainer
     from nemo_bluelm.train.losses import TokenLoss
@@ -115,8 +114,8 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
 
     optim = recipe.optim
     bf16 = recipe.precision.dtype == Dtype.bf16
-    kind = SharingOptimizer if recipe.parallel.share_tiles else nl.MegatronOptimizerModule
-    optimizer = kind(
+    optimizer = Optimizer(
+        share_tiles=recipe.parallel.share_tiles,
         config=OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,

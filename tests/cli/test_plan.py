@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from nemo_bluelm.config.compose import load_without_data
+from nemo_bluelm.runtime.params import count_parameters
 from tests.conftest import CHECKOUT, one_line
 
 SFT = str(CHECKOUT / "recipes/sft.yaml")
@@ -22,7 +24,8 @@ def test_tiny_plan(cli_process):
     assert plan["config"]["optim"]["beta2"] == 0.98
     params = plan["params"]
     assert params["total"] == params["language"] + params["vision"] + params["projector"]
-    assert plan["device"]["memory"][0]["weights"] == 4 * params["total"]  # planned, and counted on the built model
+    assert plan["device"]["memory"][0]["weights"] == 4 * params["total"]
+    assert params == count_parameters(load_without_data("tiny/sft", asked[2:3])[0].model)
     assert plan["images"] == [
         {"width": 56, "height": 56, "grid": [1, 1], "tiles": 1, "tokens": 4},
         {"width": 112, "height": 56, "grid": [2, 1], "tiles": 3, "tokens": 12},
@@ -58,7 +61,7 @@ def test_tables(cli):
 def test_flops_need_no_device(cli):
     plan = _plan(*cli("plan", "tiny/sft", "--json", "--tiles", "3"))
     assert plan["device"] is None
-    assert plan["flops"]["tiles_per_pack"] == 3
+    assert plan["flops"]["tiles_per_pack"] == 3 and plan["flops"]["text"] is None
     assert plan["flops"]["per_token"] > plan["flops"]["per_text_token"] > 0
 
 
@@ -83,7 +86,7 @@ def test_a_device_and_a_proposal(cli):
     for text in (
         "Model FLOPs",
         "GiB on a GPU",
-        "The nearest that fits: parallel.",
+        "The nearest that fits: train.recompute.",
         "Proposed: ",
         "Scaling",
         "GPU-hours",
@@ -91,7 +94,27 @@ def test_a_device_and_a_proposal(cli):
         assert text in shown
 
 
+def test_a_proposal_for_a_layout_that_cannot_be(cli):
+    asked = ["plan", "bench/text_4k", "parallel.tensor=3", "--world-size", "1024", "--device", "h100", "--propose"]
+    plan = _plan(*cli(*asked, "--json"))
+    assert "not a multiple of parallel.tensor 3" in plan["device"]["problem"]
+    overrides = plan["device"]["proposal"]["overrides"]
+    assert not any(override.startswith("parallel.context") for override in overrides)
+    assert plan["device"]["proposal"]["text"]["step"]["mfu"] > plan["device"]["proposal"]["step"]["mfu"]
+    code, shown, stderr = cli(*asked)
+    assert code == 0, stderr
+    for text in ("Note: ", "Proposed: parallel.tensor=1", "With the recipe's 16", "text alone", "An upper bound"):
+        assert text in shown
+    again = _plan(*cli(*asked[:2], *asked[3:-1], *overrides, "--json"))["device"]
+    assert again["fits"] and again["step"] == plan["device"]["proposal"]["step"]
+
+
 def test_what_is_asked_wrongly(cli):
+    told = one_line(*cli("plan", "bench/text_4k", "--tiles", "21")[::2])
+    assert "--tiles is 21; a pack holds 20 at most, data.sequence_length 4096" in told
+    told = one_line(*cli("plan", "bench/text_4k", "data.max_tiles=7", "--tiles", "8")[::2])
+    assert "--tiles is 8; a pack holds 7 at most, data.max_tiles" in told
+    assert "--world-size 2" in one_line(*cli("plan", "tiny/sft", "parallel.tensor=2", "--world-size", "1")[::2])
     assert "--propose needs" in one_line(*cli("plan", "tiny/sft", "--propose")[::2])
     assert "--device is h1; it must be one of" in one_line(*cli("plan", "tiny/sft", "--device", "h1")[::2])
     told = one_line(*cli("plan", "tiny/sft", "parallel.tensor=3", "--world-size", "2", "--device", "a100")[::2])

@@ -7,7 +7,7 @@ from planner_pieces import TEXT_ONLY, full_recipe, in_fp8, measured_recipe
 from nemo_bluelm.config.schema import ContextComm, Fp8Recipe, Part, Recompute
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.model.flops import pack_flops
-from nemo_bluelm.planner.cost import estimate
+from nemo_bluelm.planner.cost import SLOWED, estimate
 from nemo_bluelm.planner.devices import DEVICES, find_device
 
 H100 = DEVICES["h100"]
@@ -71,8 +71,10 @@ def test_causes():
     assert virtual.bubble == pytest.approx(3 / 2 / 64 * (virtual.compute + virtual.pipeline))
 
     hidden = estimate(full_recipe(train__micro_batch_size=2), 8, H100, 0)  # behind the last micro-batch's backward
-    assert hidden.data == 0
-    assert estimate(full_recipe(parallel__overlap=False), 8, H100, 0).data > 0.05
+    seen = estimate(full_recipe(train__micro_batch_size=2, parallel__overlap=False), 8, H100, 0)
+    assert seen.data > 0.05
+    later = 72 * 2 * (20e-6 + 7 * 3.4e-6)  # an all-reduce for each of 73 buckets, not one
+    assert hidden.data == pytest.approx(SLOWED * (seen.data + later))  # it is in the way of what hides it
     split = [full_recipe(32768, parallel__context=4, parallel__share_tiles=share) for share in (True, False)]
     shared, alone = (estimate(recipe, 4, H100, 100) for recipe in split)
     assert shared.compute < 0.7 * alone.compute
@@ -88,6 +90,19 @@ def test_rings_across_nodes_are_slower():
     inside = full_recipe(32768, 256, parallel__context=8, parallel__overlap=False)
     across, within = estimate(recipe, 32, H100, 0), estimate(inside, 32, H100, 0)
     assert across.context / across.sent["context"] > 1.5 * within.context / within.sent["context"]
+
+
+def test_rings_of_many_ranks_are_slower():
+    """The same bytes, but a hop more for each rank, and dearer ones between nodes."""
+    recipes = [full_recipe(4096, gpus, parallel__distributed_optimizer=True) for gpus in (8, 16, 1024)]
+    found = [estimate(recipe, recipe.train.global_batch_size, H100, 0) for recipe in recipes]
+    rates = [one.data / one.sent["data"] for one in found]
+    assert rates[0] < rates[1] < rates[2]
+    alone = [full_recipe(4096, gpus, parallel__overlap=False) for gpus in (512, 1024)]
+    few, many = (estimate(recipe, recipe.train.global_batch_size, H100, 0) for recipe in alone)
+    hops = 2 * (448 * 3.4e-6 + 64 * 14e-6)  # one all-reduce, 512 ranks more of which 64 are on other nodes
+    rate = few.sent["data"] / (few.data - 2 * (20e-6 + 448 * 3.4e-6 + 63 * 14e-6))
+    assert many.data - few.data == pytest.approx(hops + (many.sent["data"] - few.sent["data"]) / rate, rel=0.01)
 
 
 def test_devices():

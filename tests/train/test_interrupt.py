@@ -21,9 +21,9 @@ MODULE = SimpleNamespace(device=torch.device("cpu"))
 class Run:
     def __init__(self):
         self.saved = []
-        self.trainer = SimpleNamespace(should_stop=False, step=0)
+        self.trainer = SimpleNamespace(should_stop=False, step=0, is_global_zero=True)
         self.stop = StopOnSignal(SimpleNamespace(save=lambda trainer: self.saved.append(trainer.step)))
-        self.stop.on_train_start()
+        self.stop.on_train_start(self.trainer)
 
     def step(self):
         self.trainer.step += 1
@@ -46,9 +46,10 @@ def test_no_signal(run):
     assert not run.trainer.should_stop and run.saved == [] and run.stop.received == 0
 
 
-def test_saved_once_the_answer_is_in(run):
+def test_saved_once_the_answer_is_in(run, capfd):
     run.step()
     os.kill(os.getpid(), signal.SIGTERM)
+    assert "SIGTERM: the run ends after this step" in capfd.readouterr().err
     run.step()
     assert not run.trainer.should_stop
     run.step()
