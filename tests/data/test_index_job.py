@@ -208,10 +208,17 @@ def test_ctrl_c_ends_workers_and_leaves_nothing_half_written(tmp_path, corpus):
     shards = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
     command = [sys.executable, "-c", program, str(out), str(corpus / "tokenizer.json"), *shards]
     process = subprocess.Popen(
-        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
-    while not list(out.glob("*.partial")) and time.monotonic() < deadline:
+    while len(list(out.glob("*.partial"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, errors = process.communicate(timeout=60)
