@@ -4,6 +4,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class PackedBatch:
         max_seqlen: longest padded segment, the tail included.
         tiles: uint8 [tiles, 3, T, T], in the order of their ``<image>`` tokens; may have 0 tiles.
         bounds: ``cu_seqlens_padded`` as integers of the host: reading a GPU's tensor would wait for the GPU.
+        equal_segments: how many segments there are, if they have one padded length; else, or if unknown, 0.
         shares: by rank of the tensor and context group the places of the tiles that it holds, where each holds some of
             the row's tiles (see :mod:`nemo_bluelm.runtime.sharing`); None where ``tiles`` are all.
     """
@@ -60,11 +62,15 @@ class PackedBatch:
     max_seqlen: int
     tiles: torch.Tensor
     bounds: tuple[int, ...] = ()
+    equal_segments: int | None = None
     shares: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self):
         if not self.bounds:
             object.__setattr__(self, "bounds", tuple(self.cu_seqlens_padded.tolist()))
+        if self.equal_segments is None:
+            lengths = {end - start for start, end in pairwise(self.bounds)}
+            object.__setattr__(self, "equal_segments", len(self.bounds) - 1 if len(lengths) == 1 else 0)
 
     @property
     def num_tokens(self) -> int:
@@ -88,9 +94,36 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same pack with every tensor on ``device``; a GPU fetches them without making the host wait."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {k: to_device(v, device) for k, v in values.items() if isinstance(v, torch.Tensor)}
-        return PackedBatch(**{**values, **moved})
+        moved = {k: to_device(v, device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return dataclasses.replace(self, **moved)
+
+    def pinned(self) -> "PackedBatch":
+        """The same pack, what lies on the host in memory that a GPU reads by itself."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
+        return dataclasses.replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
+
+    def of_one_document_each(self, packs: int) -> "PackedBatch":
+        """The same ``packs`` packs, each of at most one document, with the tails as padding of the documents.
+
+        Nothing that counts sees the tail, and segments of one length are a dense batch.
+
+        Raises:
+            ValueError: a pack has more documents.
+        """
+        length = self.tokens.size(1) // packs
+        ends = [end for end in self.bounds if end % length == 0]
+        real = self.cu_seqlens.diff().tolist()
+        lengths = [max(real[first:last]) for first, last in pairwise(map(self.bounds.index, ends))]
+        if len(ends) != packs + 1 or sum(lengths) != sum(real):
+            raise ValueError(f"{len(self.bounds) - 1} segments are not {packs} packs of one document each")
+        return dataclasses.replace(
+            self,
+            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+            cu_seqlens_padded=torch.tensor(ends, dtype=torch.int32),
+            max_seqlen=length,
+            bounds=(),
+            equal_segments=packs,
+        )
 
     def of_fixed_shape(self, documents: int) -> "PackedBatch":
         """The same pack with room for ``documents`` segments, the missing ones empty and at its end, and the whole row
@@ -109,6 +142,7 @@ class PackedBatch:
             cu_seqlens_padded=torch.cat([padded, padded[-1:].expand(missing)]),
             max_seqlen=self.tokens.size(1),
             bounds=(),
+            equal_segments=0,
         )
 
 

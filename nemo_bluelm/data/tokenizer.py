@@ -126,7 +126,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; no special token is added or recognised. Raises UserError for what isn't Unicode."""
         try:
-            return self._bpe.encode(text, add_special_tokens=False).ids
+            # `encode` would keep Python's lock all the while, and with it the thread that feeds the GPU.
+            return self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError:  # what the library makes of a lone surrogate
             raise UserError(f"the text {text!r:.60} is not valid Unicode; remove its lone surrogates") from None
 

@@ -20,9 +20,16 @@ from nemo_bluelm.layers.context import Bounds, Spans, document_order, visible_ke
 
 @dataclass
 class PackParams(PackedSeqParams):
-    """Megatron-Core's description of a pack, and where its documents lie as integers of the host (n + 1 offsets)."""
+    """Megatron-Core's description of a pack.
+
+    Attributes:
+        bounds: where the documents lie, as n + 1 integers of the host; None under CUDA graphs, which can't see them
+            change.
+        equal_segments: as :attr:`nemo_bluelm.data.packs.PackedBatch.equal_segments`.
+    """
 
     bounds: Bounds | None = None
+    equal_segments: int = 0
 
 
 class PackedAttention(MegatronModule):

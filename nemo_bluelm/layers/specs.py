@@ -17,11 +17,12 @@ def te_layer_spec(config: TransformerConfig) -> ModuleSpec:
     """One layer of Transformer Engine modules (fused norm + linear, fused MLP, fused attention, FP8)."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    from nemo_bluelm.layers.te import FusedMLP, TEGatheredAttention, TEPackedAttention
+    from nemo_bluelm.layers.te import FusedMLP, RotarySelfAttention, TEGatheredAttention, TEPackedAttention
 
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.submodules.mlp = ModuleSpec(module=FusedMLP)
     gathered = config.context_parallel_size > 1 and config.cp_comm_type != "p2p"
+    spec.submodules.self_attention.module = RotarySelfAttention
     spec.submodules.self_attention.submodules.core_attention = TEGatheredAttention if gathered else TEPackedAttention
     return spec
 

@@ -1,7 +1,6 @@
 """Transformer Engine where Megatron-Core 0.15 does not wrap it, or at a cost. Import it only where TE is used."""
 
 import sys
-from itertools import pairwise
 from types import ModuleType
 from typing import Optional
 
@@ -11,13 +10,16 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.tensor_parallel import layers as parallel_layers
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from transformer_engine.pytorch.attention.rope import FusedQKVRoPEFunc
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.module.base import get_workspace
+from transformer_engine.pytorch.utils import SplitAlongDim
 
 from nemo_bluelm.layers.attention import PackedAttention, PackParams
 from nemo_bluelm.layers.context import Spans
@@ -100,6 +102,48 @@ class FusedMLP(te.LayerNormMLP):
         return sharded
 
 
+class RotarySelfAttention(SelfAttention):
+    """Self-attention whose queries, keys and values are split, turned by RoPE and laid out for the kernel in one pass.
+
+    Megatron-Core 0.15 has that for dense batches only: TE's kernel turns row i by the i-th angle. Here there is an
+    angle for every row of the pack (see ``model.language.LanguageModel``). Without RoPE it is Megatron-Core's own, with
+    TE's split, which Megatron-Core looks for where TE 2.9 no longer has it: its gradient is no copy.
+    """
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: None = None, split_qkv: bool = True
+    ) -> tuple:
+        """As ``SelfAttention``'s; there is no norm of queries and keys."""
+        mixed, sizes = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
+        if not split_qkv:
+            return mixed, sizes
+        query, key, value = SplitAlongDim.apply(mixed, 3, sizes)
+        return query.reshape(*query.shape[:2], -1, key.size(-1)), key, value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Optional[Tensor],
+        rotary_pos_emb: Optional[Tensor] = None,
+        packed_seq_params: Optional[PackParams] = None,
+        **options,
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """As ``SelfAttention.forward``.
+
+        Args:
+            rotary_pos_emb: fp32 [s, 1, 1, d], the angles of this rank's rows.
+        """
+        if rotary_pos_emb is None:
+            return super().forward(hidden_states, attention_mask, packed_seq_params=packed_seq_params, **options)
+        mixed, sizes = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+        angles = rotary_pos_emb
+        rows = (x.squeeze(1) for x in FusedQKVRoPEFunc.apply(mixed, angles, angles, sizes, None, "sbhd"))
+        out = self.core_attention(
+            *rows, attention_mask, attn_mask_type=self.attn_mask_type, packed_seq_params=packed_seq_params
+        )
+        return self.linear_proj(out.reshape(out.size(0), 1, -1))
+
+
 class TEPackedAttention(TEDotProductAttention):
     """Transformer Engine's attention on packs.
 
@@ -122,8 +166,8 @@ class TEPackedAttention(TEDotProductAttention):
         if packed_seq_params is None:
             return super().forward(query, key, value, attention_mask, attn_mask_type)
         bounds, longest = packed_seq_params.cu_seqlens_q_padded, packed_seq_params.max_seqlen_q
-        documents = self._equal_documents(packed_seq_params)
-        if documents:
+        documents = packed_seq_params.equal_segments
+        if documents and self.config.context_parallel_size == 1:
             dense = (x.unflatten(0, (documents, -1)) for x in (query, key, value))
             out = te.DotProductAttention.forward(self, *dense, qkv_format="bshd", attn_mask_type="causal")
             return out.flatten(0, 1).unflatten(-1, query.shape[1:])
@@ -142,13 +186,6 @@ class TEPackedAttention(TEDotProductAttention):
             max_seqlen_kv=longest,
             pad_between_seqs=False,
         )
-
-    def _equal_documents(self, pack: PackParams) -> int:
-        """How many documents the pack has, if they have one length and lie whole on this rank; else 0."""
-        if pack.bounds is None or self.config.context_parallel_size > 1:
-            return 0
-        lengths = {end - start for start, end in pairwise(pack.bounds)}
-        return len(pack.bounds) - 1 if len(lengths) == 1 else 0
 
 
 class TEGatheredAttention(PackedAttention):

@@ -6,6 +6,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -70,6 +71,12 @@ class BlueLMModel(MegatronModule):
             module = getattr(self, part.value, None)
             if module is not None:
                 module.requires_grad_(False)
+
+    @property
+    def decoder(self) -> TransformerBlock:
+        """The language model's layers, which Megatron's schedules tell the number of the micro-batch: CUDA graphs then
+        cast weights to FP8 at a step's first one only."""
+        return self.language.decoder
 
     def set_input_tensor(self, input_tensor: Tensor) -> None:
         """Called by Megatron's pipeline schedules with the previous stage's output."""
@@ -142,7 +149,7 @@ class BlueLMModel(MegatronModule):
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
         return self.language(
             batch.tokens,
-            batch.position_ids,
+            context_rows(batch.position_ids, batch.bounds),
             attention_mask=None,
             decoder_input=hidden,
             labels=labels,
@@ -168,4 +175,5 @@ def packed_seq_params(batch: PackedBatch, fixed: bool = False) -> PackParams:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         bounds=None if fixed else batch.bounds,
+        equal_segments=batch.equal_segments,
     )

@@ -53,11 +53,14 @@ class LanguageModel(GPTModel):
         """The decoder's input and RoPE's angles.
 
         GPTModel asks YaRN for angles already cut for context parallelism and its packed RoPE cuts them again
-        (Megatron-Core 0.15); here both kinds give uncut angles for the longest document.
+        (Megatron-Core 0.15); here both kinds give uncut angles for the longest document, by position. Fused RoPE gets
+        those of ``position_ids``, this rank's rows.
         """
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
         angles = self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True)
         if isinstance(angles, tuple):  # YaRN returns its attention scale too, which attention reads from the config
             angles = angles[0]
+        if self.config.apply_rope_fusion:
+            angles = angles.index_select(0, position_ids[0])
         return decoder_input, angles, None, None, None

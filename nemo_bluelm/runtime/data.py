@@ -60,13 +60,26 @@ class RankPacks(IterableDataset):
         Raises:
             UserError: the sources don't give one whole step; too many bad samples.
         """
-        packs = prefetch(self._mine(), self._load(), self._threads, self._ahead)
-        while micro_batch := list(islice(packs, self._micro_batch_size)):
-            numbers, batches = zip(*micro_batch)
+        ahead = -(-self._ahead // self._micro_batch_size)
+        for number, batch in prefetch(self._micro_batches(), self._whole(self._load()), self._threads, ahead):
             # Training may still be in the step before the one whose packs it takes.
-            past = numbers[0] - 2 * self._global_batch_size
+            past = number - 2 * self._global_batch_size
             self._states = {position: state for position, state in self._states.items() if position >= past}
-            yield join(batches)
+            yield batch
+
+    def _whole(self, load: Callable[[Pack], PackedBatch]) -> Callable[[list[Pack]], tuple[int, PackedBatch]]:
+        """How a micro-batch is made ready for the device, on a loader thread: (number of its first pack, its row)."""
+
+        def whole(packs: list[Pack]) -> tuple[int, PackedBatch]:
+            batch = join([load(pack) for pack in packs])
+            return packs[0].number, batch.pinned() if torch.cuda.is_available() else batch
+
+        return whole
+
+    def _micro_batches(self) -> Iterator[list[Pack]]:
+        packs = self._mine()
+        while micro_batch := list(islice(packs, self._micro_batch_size)):
+            yield micro_batch
 
     def _mine(self) -> Iterator[Pack]:
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -86,25 +99,26 @@ class RankPacks(IterableDataset):
             yield from step[rank::ranks]
             first, step = position, following
 
-    def _load(self) -> Callable[[Pack], tuple[int, PackedBatch]]:
-        """How this rank gets a pack and its number: it reads it, or is told by the rank of its model copy that does."""
+    def _load(self) -> Callable[[Pack], PackedBatch]:
+        """How this rank gets a pack: it reads it, or is told by the rank of its model copy that does."""
         loader = self._loader
         model_ranks = torch.distributed.get_world_size() // parallel_state.get_data_parallel_world_size()
         if model_ranks == 1:
-            return lambda pack: (pack.number, loader.load(pack).batch)
+            return lambda pack: loader.load(pack).batch
         # Ranks of a model copy meet at every optimizer step; beyond that only what is loaded ahead lies between them.
-        texts = Texts.of_this_job(keep=2 * self._global_batch_size + self._ahead + self._threads)
+        loaded_ahead = self._ahead + self._micro_batch_size * (self._threads + 1)
+        texts = Texts.of_this_job(keep=2 * self._global_batch_size + loaded_ahead)
         if not loads():
-            return lambda pack: (pack.number, PackedBatch.text_from_bytes(texts.wait(pack.number)))
+            return lambda pack: PackedBatch.text_from_bytes(texts.wait(pack.number))
 
-        def load_and_tell(pack: Pack) -> tuple[int, PackedBatch]:
+        def load_and_tell(pack: Pack) -> PackedBatch:
             try:
                 batch = loader.load(pack).batch
             except BaseException:
                 texts.fail()
                 raise
             texts.tell(pack.number, batch.text_to_bytes())
-            return pack.number, batch
+            return batch
 
         return load_and_tell
 

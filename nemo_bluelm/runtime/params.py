@@ -21,8 +21,8 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
     from nemo_bluelm.runtime.single import single_process_world
 
     config = language_transformer_config(model.language, ParallelConfig(), PrecisionConfig())
-    # Local layers obey the default device; both kinds have the same parameters.
-    config = replace(config, transformer_impl="local", use_cpu_initialization=True)
+    # Local layers obey the default device and want apex for fused gradients; both kinds have the same parameters.
+    config = replace(config, transformer_impl="local", use_cpu_initialization=True, gradient_accumulation_fusion=False)
     with single_process_world(), torch.device("meta"):
         built = BlueLMModel(config, model, image_token_id=0, max_sequence_length=1)
     counts = {part.value: sum(p.numel() for p in getattr(built, part.value).parameters()) for part in Part}

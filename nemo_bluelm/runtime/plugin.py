@@ -85,7 +85,9 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
         """The next micro-batch, on this rank's device."""
         batch, _, _ = next(dataloader_iter)
         train, data = self.recipe.train, self.recipe.data
-        if train.cuda_graphs:
+        if train.cuda_graphs and data.max_documents == 1:
+            batch = batch.of_one_document_each(train.micro_batch_size)
+        elif train.cuda_graphs:
             batch = batch.of_fixed_shape(train.micro_batch_size * (data.max_documents + 1))  # one more for the tail
         if not self.module.vp_stage:  # further virtual stages are fed the same packs again
             lengths = batch.cu_seqlens.diff().tolist()  # still on the host

@@ -114,3 +114,26 @@ def test_joined_packs_lie_end_to_end():
 def test_bounds_stay_on_the_host():
     pack = collate([document(1, 2, 3)], NO_TILES, sequence_length=8, alignment=4, pad=0)
     assert pack.bounds == (0, 4, 8) and pack.to("meta").bounds == (0, 4, 8)
+
+
+def test_packs_of_one_document_are_a_dense_batch():
+    short = collate([document(1, 2, 3, targets=(2,))], NO_TILES, sequence_length=8, alignment=2, pad=0)
+    full = collate([document(*range(1, 9), targets=(5,))], NO_TILES, sequence_length=8, alignment=2, pad=0)
+    empty = collate([], NO_TILES, sequence_length=8, alignment=2, pad=0)
+    row = join([short, full, empty])
+    dense = row.of_one_document_each(3)
+    assert dense.bounds == (0, 8, 16, 24) and dense.equal_segments == 3 and dense.max_seqlen == 8
+    assert dense.cu_seqlens.tolist() == [0, 3, 11, 11] and torch.equal(dense.labels, row.labels)
+    assert row.equal_segments == 0 and full.equal_segments == 1 and join([full, full]).equal_segments == 2
+    two = collate([document(1, 2), document(3, 4)], NO_TILES, sequence_length=8, alignment=2, pad=0)
+    with pytest.raises(ValueError, match="not 2 packs of one document"):
+        join([full, two]).of_one_document_each(2)
+
+
+def test_a_fixed_shape_does_not_depend_on_the_pack():
+    one = collate([document(*range(1, 9))], NO_TILES, sequence_length=8, alignment=2, pad=0)
+    two = collate([document(1, 2), document(3, 4)], NO_TILES, sequence_length=8, alignment=2, pad=0)
+    shapes = {
+        (len(p.cu_seqlens), p.max_seqlen, p.equal_segments) for p in (one.of_fixed_shape(3), two.of_fixed_shape(3))
+    }
+    assert shapes == {(4, 8, 0)}

@@ -19,21 +19,22 @@ MODEL = (
 TEXT = [
     *("~data.sources.digits", "~data.sources.photos", f"data.sources.text.shards=[text-{TOKENS}-*.tar]"),
     *(f"data.sequence_length={TOKENS}", "data.max_documents=2", "train.freeze=[vision,projector]"),
-    *(f"train.global_batch_size={PACKS}", f"train.micro_batch_size={PACKS}", "optim.lr=5e-4", "optim.warmup_steps=20"),
-    *(f"train.steps={STEPS}", "train.save_every=1000", "parallel.distributed_optimizer=true", "precision=bf16"),
+    *(f"train.global_batch_size={PACKS}", f"train.micro_batch_size={PACKS // 2}", f"train.steps={STEPS}"),
+    *("train.save_every=1000", "optim.lr=5e-4", "optim.warmup_steps=20", "parallel.distributed_optimizer=true"),
 ]
 VARIANTS = {
-    "bf16": [],
+    "bf16": ["precision=bf16"],
     "fp8_delayed": ["precision=fp8_delayed"],
     "fp8_current": ["precision=fp8_current"],
     "fp8_blockwise": ["precision=fp8_blockwise"],
     "fp8_current_bf16_ends": [
         *("precision=fp8_current", "precision.fp8.bf16_first_layers=1", "precision.fp8.bf16_last_layers=1")
     ],
-    "graphs": ["train.cuda_graphs=true"],
+    "graphs": ["precision=bf16", "train.cuda_graphs=true"],
+    "graphs_one_document": ["precision=bf16", "train.cuda_graphs=true", "data.max_documents=1"],
     "graphs_fp8_current": ["train.cuda_graphs=true", "precision=fp8_current"],
-    "recompute_mlp": ["train.recompute.language=mlp"],
-    "recompute_full": ["train.recompute.language=full", "train.recompute.language_layers=5"],
+    "recompute_mlp": ["precision=bf16", "train.recompute.language=mlp"],
+    "recompute_full": ["precision=bf16", "train.recompute.language=full", "train.recompute.language_layers=5"],
     "recompute_fp8": ["train.recompute.language=mlp", "precision=fp8_current"],
 }
 
