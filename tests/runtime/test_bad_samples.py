@@ -8,7 +8,7 @@ import pytest
 
 from nemo_bluelm.data.ledger import Ledger
 from nemo_bluelm.data.shards import scan
-from tests.runtime.processes import TRAIN, finish, run, start
+from tests.runtime.processes import TRAIN
 
 pytestmark = pytest.mark.slow
 
@@ -44,17 +44,17 @@ def rows(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def alone(damaged, tmp_path_factory):
+def alone(damaged, forks, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("alone")
-    run(*command(damaged, tmp_path))
+    forks.run(*command(damaged, tmp_path))
     return rows(tmp_path), Ledger(tmp_path / "index" / "quarantine.jsonl").entries()
 
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.tensor=1"])
-def test_every_rank_leaves_out_the_same_samples(layout, alone, damaged, tmp_path):
+def test_every_rank_leaves_out_the_same_samples(layout, alone, damaged, forks, tmp_path):
     """Tensor parallel: one rank decodes, the other gets its tiles. Pipeline: the last stage masks the loss."""
     expected, ledger = alone
-    run(*command(damaged, tmp_path, layout, "--nproc", "2"))
+    forks.run(*command(damaged, tmp_path, layout), ranks=2)
     assert [row["loss"] for row in rows(tmp_path)] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
     assert rows(tmp_path)[-1]["bad_samples"] > 0
     found = Ledger(tmp_path / "index" / "quarantine.jsonl").entries()
@@ -64,18 +64,18 @@ def test_every_rank_leaves_out_the_same_samples(layout, alone, damaged, tmp_path
     assert all(entry.stage == "decode" and "image 0.png" in entry.error for entry in found)
 
 
-def test_too_many_bad_samples_end_the_run_with_one_line(damaged, tmp_path):
-    code, output = finish(start(*command(damaged, tmp_path, "data.max_bad_fraction=0.001")), timeout=120)
+def test_too_many_bad_samples_end_the_run_with_one_line(damaged, forks, tmp_path):
+    code, output = forks.start(*command(damaged, tmp_path, "data.max_bad_fraction=0.001")).finish(timeout=120)
     assert code == 2
     message = output.splitlines()[-1]
     assert "data.max_bad_fraction 0.001" in message and "image 0.png" in message
     assert "Traceback" not in output
 
 
-def test_the_data_can_end_before_the_training(corpus, tmp_path):
+def test_the_data_can_end_before_the_training(corpus, forks, tmp_path):
     """What was trained is saved, and said."""
     epochs = [f"data.sources.{name}.max_epochs=0.02" for name in ("digits", "photos", "text")]
-    code, output = finish(start(*command(corpus, tmp_path, *epochs, "train.steps=50")), timeout=120)
+    code, output = forks.start(*command(corpus, tmp_path, *epochs, "train.steps=50")).finish(timeout=120)
     assert code == 2
     message, steps = output.splitlines()[-1], len(rows(tmp_path))
     assert f"the data ends after {steps} of 50 steps" in message and "max_epochs" in message
@@ -84,7 +84,7 @@ def test_the_data_can_end_before_the_training(corpus, tmp_path):
     assert saved.name == f"step_{steps:08d}"
 
 
-def test_a_shard_deleted_while_two_ranks_train(corpus, tmp_path):
+def test_a_shard_deleted_while_two_ranks_train(corpus, forks, tmp_path):
     """The rank that reads and the one that is told agree on what was lost."""
     from nemo_bluelm.data.writer import RawSample, write_shard
 
@@ -97,21 +97,22 @@ def test_a_shard_deleted_while_two_ranks_train(corpus, tmp_path):
         "+data.sources={x: {shards: [t-*.tar]}}",
         *(f"~data.sources.{name}" for name in ("digits", "photos", "text")),
     ]
-    settings += ["data.max_bad_fraction=1", "train.steps=40", "parallel.tensor=2", "--nproc", "2"]
-    process = start(*command(root, tmp_path, *settings))
+    settings += ["data.max_bad_fraction=1", "train.steps=40", "parallel.tensor=2"]
+    ranks = forks.start_ranks(2, *command(root, tmp_path, *settings))
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+    while ranks[0].running() and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
         time.sleep(0.05)
     for shard in list(root.glob("*.tar"))[::2]:
         shard.unlink()
-    code, output = finish(process, timeout=240)
-    assert code == 0, output[-2000:]
+    for rank in ranks:
+        code, output = rank.finish(timeout=240)
+        assert code == 0, output[-2000:]
     assert rows(tmp_path)[-1]["bad_samples"] > 0 and len(rows(tmp_path)) == 40
 
 
-def test_the_corpus_may_be_behind_a_url(corpus, tmp_path):
+def test_the_corpus_may_be_behind_a_url(corpus, forks, tmp_path):
     """Index, tokenizer, records and images through fsspec give what the folder gives."""
     for name, root in (("url", f"file://{corpus}"), ("folder", corpus)):
         (tmp_path / name).mkdir()
-        run(*command(root, tmp_path / name, "train.steps=3"))
+        forks.run(*command(root, tmp_path / name, "train.steps=3"))
     assert [row["loss"] for row in rows(tmp_path / "url")] == [row["loss"] for row in rows(tmp_path / "folder")]

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.runtime.processes import TRAIN, finish, run, start
+from tests.runtime.processes import TRAIN, finish, start
 
 SHORT = ["train.save_every=2", "optim.warmup_steps=1", "train.global_batch_size=1", "data.sequence_length=256"]
 DAMAGE = {
@@ -21,38 +21,40 @@ def command(corpus, run_dir, steps):
 
 
 @pytest.fixture(scope="module")
-def four_steps(corpus, tmp_path_factory):
+def four_steps(corpus, forks, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    run(*command(corpus, run_dir, 4))
+    forks.run(*command(corpus, run_dir, 4))
     return run_dir
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_the_way_out(damage, four_steps, corpus, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_the_way_out(damage, four_steps, corpus, forks, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(four_steps, run_dir)
     newest = run_dir / "checkpoints" / "step_00000004"
     DAMAGE[damage](newest)
-    code, output = finish(start(*command(corpus, run_dir, 5)), timeout=120)
+    code, output = forks.start(*command(corpus, run_dir, 5)).finish(timeout=120)
     assert code == 2
     assert output.count("\n") == 1 and str(newest) in output and "is damaged" in output, output
     if damage == "weights cut":
         shutil.rmtree(newest)
-        run(*command(corpus, run_dir, 5))
+        forks.run(*command(corpus, run_dir, 5))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoints_before(processes, corpus, tmp_path):
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoints_before(processes, corpus, forks, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small disk")
     try:
-        layout = ["--nproc", "2", "train.global_batch_size=2"] if processes == 2 else []
-        keep_all = "train.keep_checkpoints=-1"
-        code, output = finish(start(*command(corpus, disk / "run", 8), keep_all, *layout), timeout=120)
+        run = [*command(corpus, disk / "run", 8), "train.keep_checkpoints=-1"]
+        if processes == 2:
+            code, output = finish(start(*run, "--nproc", "2", "train.global_batch_size=2"), timeout=120)
+        else:
+            code, output = forks.start(*run).finish(timeout=120)
         left = sorted(folder.name for folder in (disk / "run" / "checkpoints").iterdir())
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
