@@ -9,26 +9,32 @@ from nemo_bluelm.planner.devices import GPUS_PER_NODE, Device
 from nemo_bluelm.planner.memory import micro_batches, notable_stages, stage_layers, stage_weights
 
 # Measured on one H200 with torch 2.11+cu130, Transformer Engine 2.9.0 and megatron-core 0.15.3, single runs: steps of
-# 32,768 tokens of text, language model trained and ViT frozen; the rows are in tests/planner/planner_measured.py. Other
+# 65,536 tokens of text, language model trained and ViT frozen; the rows are in tests/planner/planner_measured.py. Other
 # kinds of GPU are taken to reach the same shares of their printed rates.
 #
-# A BF16 step took 1,102 ms; its kernels, profiled on another machine of the kind, take 1,022: matrix products 660,
-# attention 176, Adam 21, all else 165. The gaps are spread over them, so shares are 0.93 of the kernels' own.
-ATTENTION = 0.35  # of the dense BF16 peak
-OUTPUT = 0.69  # the output layer's products, always in BF16
-# Linear layers. With FP8, casts are in it: current from 908 ms under CUDA graphs; delayed from its 953 ms without them,
-# against 991; blockwise 9% behind current, as Megatron-Core's own modules were on an H100.
-LINEAR = {None: 0.69, Fp8Recipe.delayed: 1.08, Fp8Recipe.current: 0.99, Fp8Recipe.blockwise: 0.90}
+# A BF16 step of documents of 4,096 tokens took 1,979 ms under CUDA graphs; its kernels, profiled on another machine of
+# the kind, take 2,016: matrix products 1,404, attention 372, optimizer 42, all else 198.
+#
+# Attention reaches ATTENTION of the dense BF16 peak with long documents, half of it with documents of HALF_LENGTH
+# tokens: fitted to steps of 4,096, 8,192 and 32,768.
+ATTENTION, HALF_LENGTH = 0.476, 1330
+OUTPUT = 0.74  # the output layer's products, always in BF16
+# Linear layers. With FP8, casts are in it. Delayed without graphs took 953 ms where current took 991; blockwise is 9%
+# behind current, as Megatron-Core's own modules were on an H100.
+LINEAR = {None: 0.70, Fp8Recipe.delayed: 1.14, Fp8Recipe.current: 1.07, Fp8Recipe.blockwise: 0.97}
 HBM = 0.68  # of its printed rate: Adam
-OPTIMIZER_BYTES = 30  # read and written of each parameter: gradient, master, two moments, BF16 weight
+# Read and written of each parameter: gradient, master, two moments and BF16 weight by Adam (30); the gradient zeroed,
+# divided by the targets, summed up and clipped; the weight copied.
+OPTIMIZER_BYTES = 56
 # Norms, activations, RoPE, residuals, cross entropy: bytes moved for each FLOP of the linear layers, times the hidden
 # size. Products grow with its square, the rest with the size itself.
-ELEMENTWISE = 3.4
-# ViT and projector, all they do: 64 tiles in 325 ms. FP8 current takes 323, it waits for the host.
-VISION = 0.40
+ELEMENTWISE = 1.7
+# ViT and projector, all they do: 64 tiles in 291 ms, 128 in 512 with FP8.
+VISION = {False: 0.45, True: 0.51}
 # Seconds that the GPU waits for the host in a layer's forward and backward, which CUDA graphs do away with: 64 and 128
-# of them in a step, of micro-batches of 16,384 and 8,192 tokens. BF16 took 1,131 ms at 8,192, 1,118 with graphs; FP8
-# current took 991 ms at 16,384, and 908 at 8,192 with graphs. That all FP8 recipes wait alike is assumed.
+# of them in a step of 32,768 tokens, of micro-batches of 16,384 and 8,192. BF16 took 1,131 ms at 8,192, 1,118 with
+# graphs; FP8 current took 991 ms at 16,384, and 908 at 8,192 with graphs. That all FP8 recipes wait alike is assumed.
+# (Then the loader still held Python's lock while it tokenised, so it is the most that they wait.)
 GAPS = {None: 0.1e-3, Fp8Recipe.delayed: 1.3e-3, Fp8Recipe.current: 1.3e-3, Fp8Recipe.blockwise: 1.3e-3}
 # Seconds that the host needs to launch them, which is what small micro-batches take: of 4,096 tokens, on an H100, with
 # Megatron-Core's own modules, which launch more kernels; 128 took 819 ms in BF16.
@@ -171,7 +177,8 @@ def _compute(recipe: Recipe, device: Device, flops: Flops, stage: int) -> float:
     if stage == 0 and flops.vision:
         share = ranks if parallel.share_tiles else 1
         vision = packs * flops.vision * _again(recipe, Part.vision, recipe.model.vision.num_layers) / share
-        seconds += max(vision / VISION / device.peak, recipe.model.vision.num_layers * HOST[None])
+        rate = VISION[fp8.recipe is not None and Part.vision in fp8.parts]
+        seconds += max(vision / rate / device.peak, recipe.model.vision.num_layers * HOST[None])
     return seconds
 
 
@@ -180,7 +187,8 @@ def _attention(recipe: Recipe, device: Device, flops: Flops, stage: int) -> floa
     work = flops.attention * recipe.train.micro_batch_size * layers / recipe.model.language.num_layers
     full = recipe.train.recompute.language == Recompute.full
     work *= _again(recipe, Part.language, layers) if full else 1.0
-    return work / (parallel.tensor * parallel.context) / ATTENTION / device.peak
+    share = ATTENTION / (1 + HALF_LENGTH / recipe.data.sequence_length)
+    return work / (parallel.tensor * parallel.context) / share / device.peak
 
 
 def _again(recipe: Recipe, part: Part, layers: int) -> float:

@@ -32,4 +32,5 @@ def in_fp8(recipe: Recipe, kind) -> Recipe:
 def measured_recipe(row: TextStep) -> Recipe:
     """What ``row`` was measured with."""
     settings = dict(train__micro_batch_size=row.packs, train__cuda_graphs=row.graphs)
-    return in_fp8(full_recipe(4096, 8, TEXT_ONLY, **settings, parallel__distributed_optimizer=True), row.fp8)
+    packs = 65536 // row.length
+    return in_fp8(full_recipe(row.length, packs, TEXT_ONLY, **settings, parallel__distributed_optimizer=True), row.fp8)
