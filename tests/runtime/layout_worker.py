@@ -138,6 +138,7 @@ def main(out: str, runs: str) -> None:
         os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
         train(Path(out) / name, overrides, PrefixStore(str(number), store))
         gc.collect()
+        gc.freeze()  # what the imports made is not searched again after every run
 
 
 if __name__ == "__main__":

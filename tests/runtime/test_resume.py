@@ -33,24 +33,30 @@ def wait_for_step(run_dir, step, process, timeout=120):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(corpus, tmp_path_factory):
+def uninterrupted(corpus, forks, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    run(*command(corpus, run_dir))
+    forks.run(*command(corpus, run_dir))
     return curve(run_dir)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sigkill_then_the_same_command_gives_bitwise_the_same_curve(processes, uninterrupted, corpus, tmp_path):
+def test_sigkill_then_the_same_command_gives_bitwise_the_same_curve(processes, uninterrupted, corpus, forks, tmp_path):
+    """Until the kill the folder is in use and a second run is refused; then it is free again."""
     layout = ["--nproc", str(processes)] if processes > 1 else []
     expected = uninterrupted
     if processes > 1:
-        run(*command(corpus, tmp_path / "whole", *layout))
+        forks.run(*command(corpus, tmp_path / "whole"), ranks=processes)
         expected = curve(tmp_path / "whole")
 
     run_dir = tmp_path / "killed"
     process = start(*command(corpus, run_dir, *layout))
     wait_for_step(run_dir, 12, process)
+    if processes == 1:
+        process.send_signal(signal.SIGSTOP)  # or it would have ended before the second had started
+        code, output = finish(start(*command(corpus, run_dir)), timeout=60)
+        assert code == 2
+        assert output.count("\n") == 1 and f"run_dir {run_dir} is in use" in output
     kill(process)
     process.wait()
     assert not anything_alive(process)
@@ -62,40 +68,48 @@ def test_sigkill_then_the_same_command_gives_bitwise_the_same_curve(processes, u
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(signum, uninterrupted, corpus, tmp_path):
-    run_dir = tmp_path / "stopped"
-    process = start(*command(corpus, run_dir, "train.save_every=1000"))
-    wait_for_step(run_dir, 7, process)
-    process.send_signal(signum)
-    code, output = finish(process, timeout=60)
-    assert code == 128 + signum
-    assert "Traceback" not in output
-    stopped_at = len(curve(run_dir))
-    assert 7 <= stopped_at < STEPS
-    assert [folder.name for folder in (run_dir / "checkpoints").iterdir()] == [f"step_{stopped_at:08d}"]
+def test_a_signal_saves_and_the_same_command_goes_on(uninterrupted, corpus, forks, tmp_path):
+    """Ctrl-C and SIGTERM, on two runs side by side."""
+    started = {}
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        settings = command(corpus, tmp_path / signum.name, "train.save_every=1000")
+        started[signum] = settings, start(*settings)
+    for signum, (_, process) in started.items():
+        wait_for_step(tmp_path / signum.name, 7, process)
+        process.send_signal(signum)
+    for signum, (_, process) in started.items():
+        code, output = finish(process, timeout=60)
+        assert code == 128 + signum
+        assert "Traceback" not in output
+        stopped_at = len(curve(tmp_path / signum.name))
+        assert 7 <= stopped_at < STEPS
+        saved = (tmp_path / signum.name / "checkpoints").iterdir()
+        assert [folder.name for folder in saved] == [f"step_{stopped_at:08d}"]
 
-    run(*command(corpus, run_dir, "train.save_every=1000"))
-    assert curve(run_dir) == uninterrupted
+    resumed = [forks.start(*settings) for settings, _ in started.values()]
+    for signum, fork in zip(started, resumed):
+        code, output = fork.finish(timeout=120)
+        assert code == 0, output[-3000:]
+        assert curve(tmp_path / signum.name) == uninterrupted
 
 
 @pytest.mark.slow
-def test_a_run_of_four_ranks_goes_on_with_two(corpus, tmp_path):
+def test_a_run_of_four_ranks_goes_on_with_two(corpus, forks, tmp_path):
     """The global batches are the same, so the curve is that of any number of ranks, to rounding."""
     layout = ["train.global_batch_size=4", "optim.schedule=constant", "optim.warmup_steps=2"]
-    run(*command(corpus, tmp_path / "alone", *layout, "train.steps=6"))
+    forks.run(*command(corpus, tmp_path / "alone", *layout, "train.steps=6"))
     run(*command(corpus, tmp_path / "run", *layout, "train.steps=3", "--nproc", "4"))
-    run(*command(corpus, tmp_path / "run", *layout, "train.steps=6", "--nproc", "2"))
+    forks.run(*command(corpus, tmp_path / "run", *layout, "train.steps=6"), ranks=2)
     expected, found = curve(tmp_path / "alone"), curve(tmp_path / "run")
     assert [row[0] for row in found] == list(range(1, 7))
     assert [row[1] for row in found] == pytest.approx([row[1] for row in expected], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_complete_run_says_so_and_a_changed_recipe_is_refused(corpus, tmp_path):
+def test_a_complete_run_says_so_and_a_changed_recipe_is_refused(corpus, forks, tmp_path):
     run_dir = tmp_path / "done"
     short = ["train.steps=4", "optim.warmup_steps=1", "train.keep_checkpoints=1"]
-    run(*command(corpus, run_dir, *short))
+    forks.run(*command(corpus, run_dir, *short))
     assert [folder.name for folder in (run_dir / "checkpoints").iterdir()] == ["step_00000004"]
     assert "is complete" in run(*command(corpus, run_dir, *short))
 
@@ -108,16 +122,3 @@ def test_a_complete_run_says_so_and_a_changed_recipe_is_refused(corpus, tmp_path
         code, output = finish(start(*command(corpus, run_dir, *short, override)), timeout=60)
         assert code == 2
         assert output.count("\n") == 1 and expected in output and "run_dir" in output
-
-
-@pytest.mark.slow
-def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(corpus, tmp_path):
-    run_dir = tmp_path / "shared"
-    first = start(*command(corpus, run_dir))
-    wait_for_step(run_dir, 1, first)
-    code, output = finish(start(*command(corpus, run_dir)), timeout=60)
-    assert code == 2
-    assert output.count("\n") == 1 and f"run_dir {run_dir} is in use" in output
-    kill(first)
-    first.wait()
-    run(*command(corpus, run_dir, "train.steps=12"))
