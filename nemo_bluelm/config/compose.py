@@ -93,13 +93,14 @@ def to_recipe(config: DictConfig, path: str) -> Recipe:
 def load_without_data(path: str, overrides: list[str]) -> tuple[Recipe, list[str], dict]:
     """The recipe for uses that read nothing: (recipe, missing keys, resolved config with ``???`` where missing).
 
-    Missing values of ``data`` and ``init_from`` are filled with stand-ins.
+    Missing values of ``data`` and missing checkpoints (``init_from``, ``distill.teacher``) are filled with stand-ins.
 
     Raises:
         UserError: as ``load_recipe``, for every other key.
     """
     config = compose(path, overrides)
-    missing = [key for key in missing_keys(config, path) if key.startswith("data.") or key == "init_from"]
+    found = missing_keys(config, path)
+    missing = [key for key in found if key.startswith("data.") or key in ("init_from", "distill.teacher")]
     try:
         plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     except OmegaConfBaseException as error:

@@ -243,6 +243,22 @@ class TrainConfig:
 
 
 @dataclass
+class DistillConfig:
+    """Learning from a larger model beside the data: the loss is (1 - w) * CE + w * T^2 * KL(teacher || student), both
+    distributions at temperature T. T^2 keeps the gradient's size (Hinton et al., arXiv 1503.02531, section 2). Weight
+    and temperature go linearly from their value at the first step to the one at the last."""
+
+    teacher: Optional[str] = None  # run or checkpoint folder of a model that runs beside the student
+    split_teacher: bool = True  # over the tensor-parallel ranks, as the student is; false: whole on each of them
+    logits: Optional[str] = None  # folder that tools/make_teacher_logits.py wrote; instead of a teacher
+    weight: float = 1.0  # w
+    weight_end: Optional[float] = None  # null: weight
+    temperature: float = 1.0  # T
+    temperature_end: Optional[float] = None  # null: temperature
+    top_k: Optional[int] = None  # the teacher's likeliest tokens that count one by one, the rest as one; null: all
+
+
+@dataclass
 class Recipe:
     """One training run."""
 
@@ -256,3 +272,4 @@ class Recipe:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
