@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Iterator
 
 from nemo_bluelm.config.layout import alignment, layout_problem
+from nemo_bluelm.config.optim_checks import optim_problems
 from nemo_bluelm.config.schema import (
     ContextComm,
     DecodeBackend,
@@ -14,7 +15,6 @@ from nemo_bluelm.config.schema import (
     Part,
     Recipe,
     Recompute,
-    Schedule,
     geometry_of,
 )
 from nemo_bluelm.errors import UserError
@@ -81,7 +81,18 @@ def check_machine(recipe: Recipe) -> None:
 
 
 def _all_but_layout(recipe: Recipe) -> Iterator[str]:
-    for check in (_ranges, _names, _mixture, _vision, _language, _context, _precision, _recompute, _schedule, _freeze):
+    for check in (
+        _ranges,
+        _names,
+        _mixture,
+        _vision,
+        _language,
+        _context,
+        _precision,
+        _recompute,
+        optim_problems,
+        _lora,
+    ):
         yield from check(recipe)
 
 
@@ -120,6 +131,12 @@ _LIMITS = {
     "optim.lr": (0, False),
     "optim.min_lr": (0, True),
     "optim.warmup_steps": (0, True),
+    "optim.warmup_tokens": (1, True),
+    "optim.decay_steps": (1, True),
+    "optim.second_lr": (0, False),
+    **{f"optim.parts.{part.value}.lr": (0, False) for part in Part},
+    **{f"optim.parts.{part.value}.weight_decay": (0, True) for part in Part},
+    "optim.vision_layer_decay": (0, False),
     "optim.weight_decay": (0, True),
     "optim.beta1": (0, True),
     "optim.beta2": (0, True),
@@ -128,7 +145,11 @@ _LIMITS = {
     "train.steps": (1, True),
     "train.global_batch_size": (1, True),
     "train.micro_batch_size": (1, True),
+    "train.min_text_share": (0, True),
     "train.recompute.language_layers": (1, True),
+    "train.lora.rank": (0, True),
+    "train.lora.alpha": (0, False),
+    "train.lora.dropout": (0, True),
     "train.save_every": (1, True),
     "train.log_every": (1, True),
     "seed": (0, True),
@@ -222,19 +243,19 @@ def _context(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _schedule(recipe: Recipe) -> Iterator[str]:
-    optim, steps = recipe.optim, recipe.train.steps
-    if optim.warmup_steps > steps:
-        yield f"optim.warmup_steps is {optim.warmup_steps}; it must be at most train.steps {steps}"
-    if optim.min_lr > optim.lr:
-        yield f"optim.min_lr is {optim.min_lr}; it must be at most optim.lr {optim.lr}"
-    if optim.min_lr > 0 and optim.schedule == Schedule.constant:
-        yield f"optim.min_lr is {optim.min_lr} with optim.schedule constant, which never reaches it; set optim.min_lr=0"
-
-
-def _freeze(recipe: Recipe) -> Iterator[str]:
-    if set(recipe.train.freeze) == set(Part):
-        yield "train.freeze lists vision, projector and language, so nothing is left to train; leave one out"
+def _lora(recipe: Recipe) -> Iterator[str]:
+    lora = recipe.train.lora
+    if not lora.rank:
+        return
+    if Part.language in recipe.train.freeze:
+        yield (
+            f"train.lora.rank is {lora.rank} with language in train.freeze, which would freeze the adapters too; leave "
+            "language out of train.freeze, its own weights are frozen then, or set train.lora.rank=0"
+        )
+    if not lora.modules:
+        yield "train.lora.modules is empty; it must list linear layers, for example [linear_qkv, linear_proj]"
+    if lora.dropout >= 1:
+        yield f"train.lora.dropout is {lora.dropout}; it must be below 1"
 
 
 def _precision(recipe: Recipe) -> Iterator[str]:

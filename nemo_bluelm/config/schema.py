@@ -49,6 +49,16 @@ class Schedule(str, Enum):
 
     constant = "constant"
     cosine = "cosine"
+    wsd = "wsd"  # stable, then down to min_lr in the last decay_steps (MiniCPM, arXiv 2404.06395)
+    two_stage = "two_stage"  # lr, then second_lr, as BlueLM-7B's technical report has it
+
+
+class DecayShape(str, Enum):
+    """How ``wsd`` goes down, at the share p of its decay: the share of lr - min_lr that is left."""
+
+    sqrt = "sqrt"  # 1 - sqrt(p): the best of those compared in arXiv 2405.18392
+    linear = "linear"  # 1 - p
+    cosine = "cosine"  # (1 + cos(pi * p)) / 2
 
 
 class Part(str, Enum):
@@ -57,6 +67,15 @@ class Part(str, Enum):
     vision = "vision"
     projector = "projector"
     language = "language"
+
+
+class LoraModule(str, Enum):
+    """Linear layers of a decoder layer, by Megatron-Core's names."""
+
+    linear_qkv = "linear_qkv"
+    linear_proj = "linear_proj"
+    linear_fc1 = "linear_fc1"
+    linear_fc2 = "linear_fc2"
 
 
 class Oversize(str, Enum):
@@ -206,13 +225,35 @@ class PrecisionConfig:
 
 
 @dataclass
+class PartOptimConfig:
+    """What one part of the model has of its own; null: the optimizer's."""
+
+    lr: Optional[float] = None  # peak; the whole schedule, min_lr included, is scaled by it
+    weight_decay: Optional[float] = None
+
+
+@dataclass
+class PartsOptimConfig:
+    vision: PartOptimConfig = field(default_factory=PartOptimConfig)
+    projector: PartOptimConfig = field(default_factory=PartOptimConfig)
+    language: PartOptimConfig = field(default_factory=PartOptimConfig)
+
+
+@dataclass
 class OptimConfig:
-    """AdamW with warm-up."""
+    """AdamW with warm-up. Biases, norms and other vectors have no weight decay."""
 
     lr: float = MISSING
     min_lr: float = 0.0
     schedule: Schedule = Schedule.cosine
     warmup_steps: int = 0
+    warmup_tokens: Optional[int] = None  # instead of warmup_steps; a step has global_batch_size * sequence_length
+    decay_steps: Optional[int] = None  # of wsd: the last steps of the run
+    decay_shape: DecayShape = DecayShape.sqrt  # of wsd
+    second_lr: Optional[float] = None  # of two_stage
+    second_stage_from: Optional[float] = None  # of two_stage: share of the steps before second_lr
+    parts: PartsOptimConfig = field(default_factory=PartsOptimConfig)
+    vision_layer_decay: float = 1.0  # a ViT layer's learning rate over that of the layer above it
     weight_decay: float = 0.05  # BlueLM-V-3B (arXiv 2411.10640), Tables 7 and 8
     beta1: float = 0.9
     beta2: float = 0.98
@@ -230,6 +271,16 @@ class RecomputeConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Train low-rank adapters (arXiv 2106.09685) in the language model instead of its weights."""
+
+    rank: int = 0  # 0: no adapters
+    alpha: float = 32.0  # an adapter's output counts alpha / rank
+    dropout: float = 0.0  # of an adapter's input
+    modules: List[LoraModule] = field(default_factory=lambda: list(LoraModule))
+
+
+@dataclass
 class TrainConfig:
     steps: int = MISSING  # optimizer steps
     global_batch_size: int = 1  # packs in an optimizer step, over all ranks
@@ -237,6 +288,8 @@ class TrainConfig:
     cuda_graphs: bool = False  # replay each decoder layer as a CUDA graph; needs a GPU
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     freeze: List[Part] = field(default_factory=list)
+    min_text_share: Optional[float] = None  # of a text and image mixture's tokens, or it is refused; null: 0.35 warns
+    lora: LoraConfig = field(default_factory=LoraConfig)
     save_every: int = 1000  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # newest checkpoints kept; -1 keeps all
     log_every: int = 10  # steps between progress lines on a non-terminal

@@ -20,7 +20,8 @@ def te_layer_spec(config: TransformerConfig) -> ModuleSpec:
     from nemo_bluelm.layers.te import FusedMLP, RotarySelfAttention, TEGatheredAttention, TEPackedAttention
 
     spec = get_gpt_layer_with_transformer_engine_spec()
-    spec.submodules.mlp = ModuleSpec(module=FusedMLP)
+    if getattr(config, "fused_mlp", True):
+        spec.submodules.mlp = ModuleSpec(module=FusedMLP)
     gathered = config.context_parallel_size > 1 and config.cp_comm_type != "p2p"
     spec.submodules.self_attention.module = RotarySelfAttention
     spec.submodules.self_attention.submodules.core_attention = TEGatheredAttention if gathered else TEPackedAttention

@@ -145,6 +145,8 @@ class BlueLMModel(MegatronModule):
         if self.pre_process:
             hidden = self.embed(batch.tokens, batch.position_ids, batch.tiles, batch.shares)
             hidden = context_rows(hidden.transpose(0, 1), batch.bounds).transpose(0, 1)
+            if self.config.recompute_granularity and torch.is_grad_enabled() and not hidden.requires_grad:
+                hidden.requires_grad_()  # Megatron's recomputation gives no gradients to weights alone (LoRA's)
             if self.config.sequence_parallel:
                 hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
         return self.language(

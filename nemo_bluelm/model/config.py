@@ -37,8 +37,11 @@ class LanguageTransformerConfig(TransformerConfig):
     A ``yarn_rotary_scaling_factor`` of 1 is plain RoPE: frequencies and attention scale are unchanged. YaRN's attention
     scale is in ``softmax_scale``, where no RoPE kernel can lose it (Megatron-Core 0.15 drops it with fused RoPE). The
     two mscales here are equal, which makes Megatron-Core's own factor 1.
+
+    ``fused_mlp``: with Transformer Engine the MLP is one module, which has no place for LoRA's adapters.
     """
 
+    fused_mlp: bool = True
     yarn_rotary_scaling_factor: float = 1.0
     yarn_original_max_position_embeddings: int = 4096
     yarn_beta_fast: float = 32.0

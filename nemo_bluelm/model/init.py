@@ -79,6 +79,10 @@ def _mark_pieces(language: torch.nn.Module) -> None:
 def _std(name: str, shape: tuple[int, ...], language: LanguageConfig) -> float:
     if not name.startswith("language."):
         return 0.02 if name.endswith("position_embedding") else 1.0 / math.sqrt(math.prod(shape[1:]))
+    if name.endswith("adapter.linear_out.weight"):  # LoRA starts as nothing
+        return 0.0
+    if name.endswith("adapter.linear_in.weight"):
+        return 1.0 / math.sqrt(shape[1])
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return language.init_method_std / math.sqrt(2 * language.num_layers)
     return language.init_method_std

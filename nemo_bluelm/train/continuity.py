@@ -18,6 +18,7 @@ KEPT_ON_RESUME = (
     "seed",
     "train.global_batch_size",
     "train.freeze",
+    "train.lora.",
     "parallel.context",
 )
 # The plan's identity tells whether the content of root and tokenizer is the same; the rest changes no token or pixel.
