@@ -7,9 +7,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
+from nemo.lightning.megatron_parallel import MegatronParallel
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 from torch import Tensor
 
+from nemo_bluelm.runtime.param_groups import Multipliers, split_by
 from nemo_bluelm.runtime.sharing import sum_tile_gradients
 
 
@@ -20,11 +22,19 @@ class Optimizer(nl.MegatronOptimizerModule):
         config, lr_scheduler: as MegatronOptimizerModule. NeMo builds the module anew from the arguments' names for
             every further virtual stage, so they are spelt out.
         share_tiles: tensor-parallel ranks split the ViT's tiles (``parallel.share_tiles``).
+        multipliers: of learning rate and weight decay, by weight.
     """
 
-    def __init__(self, config: OptimizerConfig, lr_scheduler: LRSchedulerModule, share_tiles: bool):
+    def __init__(
+        self, config: OptimizerConfig, lr_scheduler: LRSchedulerModule, share_tiles: bool, multipliers: Multipliers
+    ):
         super().__init__(config, lr_scheduler)
-        self.share_tiles = share_tiles
+        self.share_tiles, self.multipliers = share_tiles, multipliers
+
+    def optimizers(self, model: MegatronParallel) -> list[torch.optim.Optimizer]:
+        """NeMo's hook that builds the optimizer."""
+        with split_by(self.multipliers):
+            return super().optimizers(model)
 
     def finalize_model_grads(
         self, model: Sequence[torch.nn.Module], num_tokens: Optional[Tensor] = None, **options

@@ -107,6 +107,7 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
 
     from nemo_bluelm.runtime.data import PackDataModule
     from nemo_bluelm.runtime.optimizer import Optimizer
+    from nemo_bluelm.runtime.param_groups import Multipliers
     from nemo_bluelm.runtime.plugin import BlueLM
     from nemo_bluelm.runtime.strategy import build_strategy, build_trainer
     from nemo_bluelm.train.losses import TokenLoss
@@ -114,12 +115,14 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
 
     optim = recipe.optim
     bf16 = recipe.precision.dtype == Dtype.bf16
+    multipliers = Multipliers(optim, recipe.model.vision.num_layers)
     optimizer = Optimizer(
         share_tiles=recipe.parallel.share_tiles,
+        multipliers=multipliers,
         config=OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
-            weight_decay=optim.weight_decay,
+            weight_decay=multipliers.weight_decay,
             adam_beta1=optim.beta1,
             adam_beta2=optim.beta2,
             adam_eps=optim.eps,
@@ -128,7 +131,9 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=recipe.parallel.distributed_optimizer,
         ),
-        lr_scheduler=LearningRate(recipe.train.steps, optim),
+        lr_scheduler=LearningRate(
+            recipe.train.steps, optim, recipe.train.global_batch_size * recipe.data.sequence_length
+        ),
     )
     model = BlueLM(recipe, loader.tokenizer.image, TokenLoss, optimizer)
     trainer = build_trainer(recipe, build_strategy(recipe, init_from), callbacks)
