@@ -18,6 +18,7 @@ from nemo_bluelm.runtime.parent import follow_parent
 # Command -> what --help says about it. The command's module is nemo_bluelm.cli.<name>_command.
 COMMANDS = {
     "train": "train a recipe, on this machine or as one rank of a launcher's job",
+    "prune": "cut a checkpoint's language model to a narrower recipe's shape",
     "plan": "show what a recipe resolves to: config, parameters, tokens per image, layout",
     "data": "index, inspect, curate: what to do with shards before and between runs",
     "bench": "time a part of the stack beside what users know",

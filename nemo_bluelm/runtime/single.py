@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,26 +32,39 @@ def single_process_world() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def load_model(checkpoint: Path) -> tuple[torch.nn.Module, Recipe, Tokenizer]:
+def build_model(recipe: Recipe, image_token_id: int, local: bool = False) -> torch.nn.Module:
+    """The whole model of a recipe, its weights not set; inside :func:`single_process_world`.
+
+    Args:
+        local: of Megatron-Core's own layers, whose parts can be looked into, where Transformer Engine's are there too.
+    """
+    from nemo_bluelm.model.bluelm import BlueLMModel
+    from nemo_bluelm.model.config import language_transformer_config
+
+    precision = PrecisionConfig(recipe.precision.dtype)  # prompts have lengths that FP8 products can't take
+    config = language_transformer_config(recipe.model.language, ParallelConfig(), precision)
+    if local:
+        config = replace(config, transformer_impl="local", gradient_accumulation_fusion=False, apply_rope_fusion=False)
+    return BlueLMModel(config, recipe.model, image_token_id, recipe.data.sequence_length)
+
+
+def load_model(checkpoint: Path, local: bool = False) -> tuple[torch.nn.Module, Recipe, Tokenizer]:
     """The model of a checkpoint of any layout, whole, in evaluation mode; inside :func:`single_process_world`.
 
     Args:
         checkpoint: as :func:`nemo_bluelm.runtime.run_dir.resolve_checkpoint` gives it.
+        local: as :func:`build_model`.
 
     Raises:
         UserError: the weights can't be read.
     """
     from megatron.core import dist_checkpointing
 
-    from nemo_bluelm.model.bluelm import BlueLMModel
-    from nemo_bluelm.model.config import language_transformer_config
     from nemo_bluelm.runtime.storage import reading
 
     recipe = load_recipe(str(checkpoint / RECIPE_FILE), [])
     tokenizer = Tokenizer.load(checkpoint / TOKENIZER_FILE)
-    precision = PrecisionConfig(recipe.precision.dtype)  # prompts have lengths that FP8 products can't take
-    config = language_transformer_config(recipe.model.language, ParallelConfig(), precision)
-    model = BlueLMModel(config, recipe.model, tokenizer.image, recipe.data.sequence_length)
+    model = build_model(recipe, tokenizer.image, local)
     wanted = model.sharded_state_dict(prefix=STATE_PREFIX)
     with reading(checkpoint):
         state = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS_DIR))

@@ -1,0 +1,54 @@
+"""Too little text beside images is told; packaged recipes have enough of it or say why they don't."""
+
+import pytest
+
+from nemo_bluelm.config.checks import check_recipe
+from nemo_bluelm.config.compose import load_recipe, load_without_data
+from nemo_bluelm.config.schema import geometry_of
+from nemo_bluelm.data.open import open_data
+from nemo_bluelm.errors import UserError
+from nemo_bluelm.resources import packaged_recipes
+from nemo_bluelm.train.guards import text_share_notice
+
+
+def notice(share, *overrides):
+    return text_share_notice(load_recipe("tiny/align_projector", ["train.freeze=[]", *overrides]), share)
+
+
+def test_little_text_is_told_in_one_line():
+    told = notice(0.2)
+    assert told.startswith("20.0% of the mixture's tokens are of samples without images, less than 35%")
+    assert "\n" not in told and "train.min_text_share" in told
+    assert notice(0.0) and notice(0.349)
+
+
+def test_enough_text_or_nothing_to_forget_is_silent():
+    assert notice(0.35) is None and notice(1.0) is None
+    assert notice(0.2, "train.freeze=[vision,language]") is None
+
+
+def test_the_recipe_can_demand_more_or_less():
+    assert notice(0.2, "train.min_text_share=0.1") is None
+    assert notice(0.1 + 0.2, "train.min_text_share=0.3") is None
+    assert notice(0.6 - 0.2, "train.min_text_share=0.4") is None  # 0.39999999999999997
+    for freeze in ("[]", "[language]"):
+        with pytest.raises(UserError, match="min_text_share is 0.5, but 40.0% of the mixture's tokens.*; raise"):
+            notice(0.4, "train.min_text_share=0.5", f"train.freeze={freeze}")
+
+
+@pytest.mark.parametrize("name", [name for name in packaged_recipes() if name.startswith("tiny/")])
+def test_tiny_recipes_are_silent_on_their_corpus(name, corpus, tmp_path_factory):
+    recipe, _, _ = load_without_data(name, [f"data.root={corpus}"])
+    recipe.data.index = str(tmp_path_factory.getbasetemp() / "guards_index")
+    check_recipe(recipe, 1)
+    plan = open_data(recipe.data, geometry_of(recipe.model), recipe.seed).plan
+    assert text_share_notice(recipe, plan.text_share()) is None
+
+
+@pytest.mark.parametrize("name", [name for name in packaged_recipes() if "/" not in name])
+def test_full_scale_recipes_are_silent_on_sources_as_their_names_say(name):
+    recipe, _, _ = load_without_data(name, [])
+    check_recipe(recipe, None)
+    weights = {source: entry.weight for source, entry in recipe.data.sources.items()}
+    text = sum(weight for source, weight in weights.items() if "text" in source and "image" not in source)
+    assert text_share_notice(recipe, text / sum(weights.values())) is None
