@@ -128,6 +128,11 @@ class MixturePlan:
         """Tokens delivered so far, by source."""
         return {queue.table.name: queue.tokens for queue in self._queues}
 
+    def text_share(self) -> float:
+        """Share of samples without images in the mixture's tokens while every source lasts, from 0 to 1."""
+        weighted = [(queue.weight, queue.table.text_share()) for queue in self._queues]
+        return sum(weight * share for weight, share in weighted) / sum(weight for weight, _ in weighted)
+
     def epochs(self) -> dict[str, float]:
         """How often each source has been gone through so far."""
         return {queue.table.name: queue.delivered / queue.order.epoch_length for queue in self._queues}

@@ -141,6 +141,11 @@ class SourceTable:
         total = counts.samples + counts.rejected
         return f"data.sources.{self.name}: of {total:,} samples {', '.join(told)}" if told else None
 
+    def text_share(self) -> float:
+        """Tokens of samples without images over all tokens of an epoch."""
+        tokens = self.tokens * self.factors()
+        return float(tokens[self.tiles == 0].sum() / tokens.sum())
+
     def factors(self) -> np.ndarray:
         """How often each piece comes in an epoch, float [n]."""
         if not self.source.resample:

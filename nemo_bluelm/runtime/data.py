@@ -186,6 +186,13 @@ class PackDataModule(L.LightningDataModule):
         """
         self.loader.plan.restore(state)
 
+    def tokens_by_source(self) -> dict[str, int]:
+        """Real tokens that the run has trained on up to the end of the last step, bad samples' planned ones included.
+
+        Part of the plan's state, so a resumed run counts on.
+        """
+        return {name: source["tokens"] for name, source in self.state_dict()["sources"].items()}
+
     def train_dataloader(self) -> DataLoader:
         sizes = self.data_sampler.global_batch_size, self.data_sampler.micro_batch_size
         self._packs = RankPacks(self.loader, *sizes, *self._prefetch, self._end_at)

@@ -27,18 +27,22 @@ class _Step:
     number: int
     lr: float
     grad_norm: float
+    tokens_by_source: dict[str, int]
     sums: Later  # loss, then tokens, bad samples and FLOPs over all data-parallel ranks
     begun: Stamp
     ended: Stamp
 
 
 class Metrics(Callback):
-    """Writes step, loss, lr, grad_norm, tokens, seconds, tokens_per_second, tflops, mfu and bad_samples of every step.
+    """Writes step, loss, lr, grad_norm, tokens, tokens_by_source, seconds, tokens_per_second, tflops, mfu and
+    bad_samples of every step.
 
     A step is reported at the end of the next one, so that the host needn't wait for the GPU; the last one at the end,
     and every one before its checkpoint is written.
 
     - ``loss`` is the mean over all target tokens of the global batch; ``tokens`` counts real tokens, not padding.
+    - ``tokens_by_source`` has those of all steps of the run so far, as {name in data.sources: tokens}.
+    - ``lr`` is the schedule's, before what ``optim.parts`` and ``optim.vision_layer_decay`` make of it.
     - ``seconds`` is the time from the end of the step before, on the GPU's clock; saving a checkpoint isn't counted.
     - ``tflops`` is model FLOPs (``nemo_bluelm.model.flops``) a second and GPU, in 10^12; ``mfu`` the share that is of
       the device's dense BF16 peak, null where that is not known.
@@ -85,7 +89,8 @@ class Metrics(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
         if self._mark is None:
             self._mark = Stamp(module.device)
-        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
+        group = trainer.optimizers[0].param_groups[0]
+        self.lr = group["lr"] / group["pre_lr_mult"]  # NeMo's name for what Megatron multiplied it with
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
         loss = outputs["loss"].detach().double().reshape(1).clone()
@@ -101,6 +106,7 @@ class Metrics(Callback):
             number=trainer.global_step,
             lr=self.lr,
             grad_norm=trainer.strategy.grad_norm,
+            tokens_by_source=trainer.datamodule.tokens_by_source(),
             sums=Later(torch.cat((loss, sums))),
             begun=begun,
             ended=self._mark,
@@ -138,6 +144,7 @@ class Metrics(Callback):
             lr=step.lr,
             grad_norm=step.grad_norm,
             tokens=int(tokens),
+            tokens_by_source=step.tokens_by_source,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             tflops=rate / 1e12,

@@ -21,6 +21,7 @@ from nemo_bluelm.runtime.run_dir import (
     step_of,
 )
 from nemo_bluelm.train.continuity import check_init, check_resume
+from nemo_bluelm.train.guards import text_share_notice
 
 
 def train(recipe: Recipe) -> int:
@@ -54,10 +55,11 @@ def train(recipe: Recipe) -> int:
     loader = open_data(recipe)
     if init_from is not None:
         check_init(recipe, init_from, loader.tokenizer.content)
+    notices = [text_share_notice(recipe, loader.plan.text_share()), *(table.unused() for table in loader.plan.tables)]
     recipe_yaml = to_yaml(recipe).encode()
     lock = _open_run_dir(run_dir, recipe_yaml) if rank == 0 else None
-    for table in loader.plan.tables if rank == 0 else ():
-        if notice := table.unused():
+    for notice in notices if rank == 0 else ():
+        if notice:
             print(f"{recipe.name}  {notice}", file=sys.stderr)
 
     prepare()

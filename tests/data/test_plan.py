@@ -208,3 +208,13 @@ def test_errors(arguments, message):
         plan(**arguments)
     with pytest.raises(UserError, match="data.sources is empty"):
         MixturePlan(realistic(), {}, 1)
+
+
+def test_the_share_of_text_is_by_tokens_weights_and_epochs():
+    """Images 3, and a source of 100 text and 300 image tokens, of which the text comes twice, 1: 1/4 * 200/500."""
+    tags = {"again": [0]}
+    index = Index(Shard("i.tar", [50], [1]), Shard("m.tar", [100, 300], [0, 1], tags=tags))
+    sources = {"images": Source(["i.tar"], 3), "mixed": Source(["m.tar"], 1, resample={"again": 2})}
+    assert plan(index, sources).text_share() == pytest.approx(0.1)
+    assert plan(index, {"images": Source(["i.tar"])}).text_share() == 0
+    assert plan().text_share() == pytest.approx(0.4)

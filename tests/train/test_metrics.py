@@ -46,8 +46,11 @@ class Run:
         self.trainer = SimpleNamespace(
             is_global_zero=True,
             global_step=step,
-            optimizers=[SimpleNamespace(param_groups=[{"lr": 0.5}])],
-            datamodule=SimpleNamespace(loader=SimpleNamespace(bad_samples=3)),
+            optimizers=[SimpleNamespace(param_groups=[{"lr": 0.125, "pre_lr_mult": 0.25}])],
+            datamodule=SimpleNamespace(
+                loader=SimpleNamespace(bad_samples=3),
+                tokens_by_source=lambda: {"text": 60 * self.trainer.global_step},
+            ),
             strategy=SimpleNamespace(grad_norm=2.0),
         )
         self.path = run_dir / "metrics.jsonl"
@@ -82,11 +85,23 @@ def test_a_step_is_reported_after_the_next_and_the_last_at_the_end(world, tmp_pa
     assert run.rows() == [
         {
             **{"step": 1, "loss": 1.5, "lr": 0.5, "grad_norm": 2.0, "tokens": 100, "seconds": 1.0},
-            **{"tokens_per_second": 100.0, "tflops": 4.0, "mfu": None, "bad_samples": 3},
+            **{
+                "tokens_by_source": {"text": 60},
+                "tokens_per_second": 100.0,
+                "tflops": 4.0,
+                "mfu": None,
+                "bad_samples": 3,
+            },
         },
         {
             **{"step": 2, "loss": 1.25, "lr": 0.5, "grad_norm": 2.0, "tokens": 50, "seconds": 2.0},
-            **{"tokens_per_second": 25.0, "tflops": 3.0, "mfu": None, "bad_samples": 3},
+            **{
+                "tokens_by_source": {"text": 120},
+                "tokens_per_second": 25.0,
+                "tflops": 3.0,
+                "mfu": None,
+                "bad_samples": 3,
+            },
         },
     ]
 
