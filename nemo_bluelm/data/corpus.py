@@ -1,7 +1,7 @@
-"""A small corpus of real images and text as WebDataset shards, made from what Python packages ship. No downloads.
+"""A small corpus of real images and text and of synthetic problems, as WebDataset shards. No downloads.
 
-Sources: scikit-learn's handwritten digits, sample photos and dataset descriptions; scikit-image's photos; the language
-reference inside Python (``pydoc_data.topics``).
+Sources of what is real: scikit-learn's handwritten digits, sample photos and dataset descriptions; scikit-image's
+photos; the language reference inside Python (``pydoc_data.topics``).
 """
 
 import argparse
@@ -11,11 +11,18 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
+from nemo_bluelm.data.needle import Haystack, needle_samples, sample_texts
+from nemo_bluelm.data.reasoning import MODES, reasoning_samples, text_problem
 from nemo_bluelm.data.tokenizer import Tokenizer, train_tokenizer
-from nemo_bluelm.data.writer import write_shard, write_split
+from nemo_bluelm.data.writer import RawSample, write_shard, write_split
 from nemo_bluelm.errors import UserError
+
+
+SHORT, LONG = 512, 4096  # tokens of the longest documents before and in the long-context stage
+_SHARDS = {"digits": 4, "photos": 2, "text": 2, "reasoning": 2}  # others have one
 
 
 def make_corpus(out: Path, vocab_size: int = 2048, seed: int = 0) -> dict:
@@ -23,8 +30,13 @@ def make_corpus(out: Path, vocab_size: int = 2048, seed: int = 0) -> dict:
 
     - ``digits-train-*.tar``, ``digits-test.tar``: 8 x 8 pixel digits; 20 % of each class are held out, from tokenizer
       training too. Every training image is there twice, with and without a thought.
-    - ``photos-train-*.tar``: views of 26 photos, of one to 17 tiles at 56 pixels a tile.
-    - ``text-train-*.tar``: plain text.
+    - ``photos-train-*.tar``: views of 26 photos, of one to 17 tiles at 56 pixels a tile; every other with a thought.
+    - ``text-train-*.tar``, ``text-test.tar``: plain text.
+    - ``reasoning-train-*.tar``, ``reasoning-test.tar``: synthetic problems with thoughts, in text and about grids of
+      digits.
+    - ``sft-train-*.tar``: other such problems in text, each without a thought, with it, and with it cut short.
+    - ``needle-train-*.tar``, ``long-train-*.tar``: documents of up to ``SHORT`` and ``LONG`` tokens with a question
+      about a number that they tell.
     - ``tokenizer.json``: trained on the training shards.
 
     Returns:
@@ -35,6 +47,7 @@ def make_corpus(out: Path, vocab_size: int = 2048, seed: int = 0) -> dict:
     """
     try:
         from nemo_bluelm.data import corpus_digits, corpus_photos, corpus_text
+        from nemo_bluelm.data.reasoning_images import image_problems
     except ImportError as error:
         raise UserError(f"the corpus needs {error.name}; pip install scikit-learn scikit-image") from error
 
@@ -42,18 +55,40 @@ def make_corpus(out: Path, vocab_size: int = 2048, seed: int = 0) -> dict:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; remove it or choose another")
     digits_train, digits_test = corpus_digits.samples(seed)
-    photos, text = corpus_photos.samples(seed), corpus_text.samples()
-    texts = (t for split in (digits_train, photos, text) for sample in split for t in sample.texts())
+    text_train, text_test = corpus_text.samples()
+    train = {
+        "digits": digits_train,
+        "photos": corpus_photos.samples(seed),
+        "text": text_train,
+        "reasoning": [
+            *reasoning_samples(text_problem, 2000, ("think",), f"train-{seed}", ("reasoning", "train")),
+            *reasoning_samples(image_problems(seed, "train"), 800, ("think",), f"grid-{seed}", ("reasoning", "train")),
+        ],
+        "sft": list(reasoning_samples(text_problem, 700, MODES, f"sft-{seed}", ("sft", "train"))),
+    }
+    # Problems that were trained on are left out of the test; problems about images have images of their own.
+    asked = {text for name in ("reasoning", "sft") for sample in train[name] for text in sample.texts()}
+    held_out = reasoning_samples(text_problem, 200, ("think",), f"test-{seed}", ("reasoning", "test"))
+    test = {
+        "digits": digits_test,
+        "text": text_test,
+        "reasoning": [
+            *(sample for sample in held_out if sample.texts()[0] not in asked),
+            *reasoning_samples(image_problems(seed, "test"), 100, ("think",), f"grid-{seed}", ("reasoning", "test")),
+        ],
+    }
+    texts = chain((t for split in train.values() for sample in split for t in sample.texts()), sample_texts())
     partial: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        write_split(partial, "digits-train", digits_train, shards=4)
-        write_shard(partial / "digits-test.tar", digits_test)
-        write_split(partial, "photos-train", photos, shards=2)
-        write_split(partial, "text-train", text, shards=2)
         train_tokenizer(texts, vocab_size, partial / "tokenizer.json")
-        vocabulary = Tokenizer.load(partial / "tokenizer.json").vocab_size
+        tokenizer = Tokenizer.load(partial / "tokenizer.json")
+        train |= _needles(text_train, tokenizer, seed)
+        for name, samples in train.items():
+            write_split(partial, f"{name}-train", samples, _SHARDS.get(name, 1))
+        for name, samples in test.items():
+            write_shard(partial / f"{name}-test.tar", samples)
         partial.chmod(0o755)  # mkdtemp makes private folders
         os.rename(partial, out)
     except OSError as error:
@@ -61,12 +96,19 @@ def make_corpus(out: Path, vocab_size: int = 2048, seed: int = 0) -> dict:
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+    counts = {f"{name}-train": len(samples) for name, samples in train.items()}
+    counts |= {f"{name}-test": len(samples) for name, samples in test.items()}
+    return {**counts, "vocab_size": tokenizer.vocab_size}
+
+
+def _needles(texts: Sequence[RawSample], tokenizer: Tokenizer, seed: int) -> dict[str, list[RawSample]]:
+    """Documents with needles: ``needle`` as short as the other training data, ``long`` beyond."""
+    haystack = Haystack([text for sample in texts for text in sample.texts()], lambda text: len(tokenizer.encode(text)))
+    short = [SHORT >> (number % 4) for number in range(1200)]  # 512, 256, 128, 64, ...
+    long = [LONG >> (number % 3) for number in range(48)]  # 4096, 2048, 1024, ...
     return {
-        "digits-train": len(digits_train),
-        "digits-test": len(digits_test),
-        "photos-train": len(photos),
-        "text-train": len(text),
-        "vocab_size": vocabulary,
+        "needle": needle_samples(haystack, short, f"needle-{seed}", ("needle", "train")),
+        "long": needle_samples(haystack, long, f"long-{seed}", ("long", "train")),
     }
 
 

@@ -1,6 +1,7 @@
 """Corpus part: scikit-learn's handwritten digits as questions about 8 x 8 pixel images."""
 
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,13 +24,11 @@ _QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 
 def samples(seed: int) -> tuple[list[RawSample], list[RawSample]]:
     """(train, test): 80 % of each class twice, with and without a thought; 20 % once, without."""
-    digits = load_digits()
-    everything = np.arange(len(digits.target))
-    train, test = train_test_split(everything, test_size=0.2, stratify=digits.target, random_state=seed)
+    digits, members = split_digits(seed)
     rng = np.random.default_rng([seed, 1])
     made: dict[str, list[RawSample]] = {"train": [], "test": []}
-    for split, members in (("train", train), ("test", test)):
-        for number in members.tolist():
+    for split, numbers in members.items():
+        for number in numbers.tolist():
             pixels, digit = digits.images[number], int(digits.target[number])
             for thinking in (False, True) if split == "train" else (False,):
                 question = QUESTIONS[rng.integers(len(QUESTIONS))]
@@ -38,6 +37,14 @@ def samples(seed: int) -> tuple[list[RawSample], list[RawSample]]:
                 key = f"digit-{number:04d}-{'think' if thinking else 'direct'}"
                 made[split].append(RawSample(key, record, {"0.png": _png(pixels)}))
     return made["train"], made["test"]
+
+
+def split_digits(seed: int) -> tuple[Any, dict[str, np.ndarray]]:
+    """scikit-learn's digits and, by split, the numbers of those in it: 20 % of each class are ``test``."""
+    digits = load_digits()
+    everything = np.arange(len(digits.target))
+    train, test = train_test_split(everything, test_size=0.2, stratify=digits.target, random_state=seed)
+    return digits, {"train": train, "test": test}
 
 
 def describe(pixels: np.ndarray) -> str:

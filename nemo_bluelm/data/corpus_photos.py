@@ -69,9 +69,18 @@ def samples(seed: int) -> list[RawSample]:
                 crop.thumbnail((int(rng.integers(40, 241)),) * 2, Image.Resampling.LANCZOS)
                 question = QUESTIONS[rng.integers(len(QUESTIONS))]
                 extension, data = _encode(crop)
-                record = question_record(question, answer, None, f"0.{extension}", ["photos", "train"])
+                record = question_record(question, answer, _thought(crop, answer, view), f"0.{extension}", ["photos", "train"])
                 made.append(RawSample(f"photo-{Path(file).stem}-{view}", record, {f"0.{extension}": data}))
     return made
+
+
+def _thought(photo: Image.Image, answer: str, view: int) -> str | None:
+    """What can be measured, for every other view: each photo is there with and without a thought."""
+    if view % 2 == 0:
+        return None
+    shape = "wide" if photo.width > photo.height else "tall" if photo.width < photo.height else "square"
+    colour = "in colour" if photo.mode == "RGB" else "gray"
+    return f"The picture is {shape} and {colour}. I see {answer}."
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -28,9 +28,11 @@ class RawSample:
         return texts
 
 
-def question_record(question: str, answer: str, thought: str | None, image: str, tags: Sequence[str]) -> dict:
-    """A conversation of one turn with one image before the question."""
+def question_record(question: str, answer: str, thought: str | None, image: str | None, tags: Sequence[str]) -> dict:
+    """A conversation of one turn, with one image before the question or none."""
     reply = {"role": "assistant", "content": answer} | ({} if thought is None else {"thinking": thought})
+    if image is None:
+        return {"messages": [{"role": "user", "content": question}, reply], "tags": list(tags)}
     query = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
     return {"messages": [query, reply], "images": [image], "tags": list(tags)}
 
