@@ -165,8 +165,9 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
         if not (value >= least if included else value > least) or math.isinf(value):
             wanted = f"{least} or more" if included else f"greater than {least}"
             yield f"{key} is {value}; it must be {wanted}" + (" and finite" if isinstance(value, float) else "")
-    if recipe.data.max_bad_fraction > 1:
-        yield f"data.max_bad_fraction is {recipe.data.max_bad_fraction}; it must be at most 1"
+    for key in ("data.max_bad_fraction", "train.min_text_share"):
+        if (_get(recipe, key) or 0) > 1:
+            yield f"{key} is {_get(recipe, key)}; it must be at most 1"
     for key in ("optim.beta1", "optim.beta2"):
         if _get(recipe, key) >= 1:
             yield f"{key} is {_get(recipe, key)}; it must be below 1"

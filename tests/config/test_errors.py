@@ -52,7 +52,8 @@ OVERRIDES = {
     "optim.lr=true": ["optim.lr is 'True'", "a number"],
     "parallel.sequence=maybe": ["parallel.sequence is 'maybe'", "true or false"],
     "precision.dtype=fp16": ["precision.dtype is 'fp16'", "allowed: fp32, bf16"],
-    "optim.schedule=linear": ["optim.schedule is 'linear'", "constant, cosine"],
+    "optim.schedule=linear": ["optim.schedule is 'linear'", "constant, cosine, wsd, two_stage"],
+    "optim.parts.visoin.lr=1": ["unknown key optim.parts.visoin", "did you mean optim.parts.vision?"],
     "model=tinny": ["model=tinny", "did you mean tiny?"],
     "model=": ["model has no option (empty)"],
     "modle=tiny": ["unknown key modle", "did you mean model?"],
@@ -135,6 +136,33 @@ CHECKS = [
     ("optim.min_lr=1", 1, ["optim.min_lr is 1", "at most optim.lr 0.001"]),
     ("optim.min_lr=1e-5 optim.schedule=constant", 1, ["optim.min_lr", "constant"]),
     ("optim.warmup_steps=11", 1, ["optim.warmup_steps is 11", "train.steps 10"]),
+    ("optim.warmup_tokens=20481", 1, ["optim.warmup_tokens is 20481", "at most the run's 20480 tokens"]),
+    ("optim.warmup_tokens=0", 1, ["optim.warmup_tokens is 0", "1 or more"]),
+    ("optim.warmup_tokens=9 optim.warmup_steps=1", 1, ["optim.warmup_tokens is 9 with optim.warmup_steps 1", "=null"]),
+    ("optim.schedule=wsd", 1, ["optim.decay_steps is null", "optim.decay_steps=1 (a tenth of train.steps)"]),
+    ("optim.schedule=wsd optim.decay_steps=11", 1, ["optim.decay_steps is 11", "at most train.steps 10"]),
+    ("optim.schedule=wsd optim.decay_steps=0", 1, ["optim.decay_steps is 0", "1 or more"]),
+    ("optim.schedule=wsd optim.decay_steps=6 optim.warmup_steps=5", 1,
+     ["optim.warmup_steps 5 and optim.decay_steps 6 overlap in train.steps 10"]),
+    ("optim.schedule=wsd optim.decay_steps=6 optim.warmup_tokens=8193", 1,
+     ["optim.warmup_tokens 8193 and optim.decay_steps 6 overlap in the run's 20480 tokens"]),
+    ("optim.decay_steps=5", 1, ["optim.decay_steps is 5", "schedule cosine", "to wsd, or optim.decay_steps=null"]),
+    ("optim.decay_shape=linear", 1, ["optim.decay_shape is linear", "schedule cosine", "optim.decay_shape=sqrt"]),
+    ("optim.second_lr=1e-4", 1, ["optim.second_lr is 0.0001", "to two_stage, or optim.second_lr=null"]),
+    ("optim.schedule=two_stage optim.second_stage_from=0.5", 1, ["optim.second_lr is null", "optim.second_lr=0.0001"]),
+    ("optim.schedule=two_stage optim.second_lr=0.1", 1, ["optim.second_stage_from is null", "=0.8"]),
+    ("optim.schedule=two_stage optim.second_lr=0 optim.second_stage_from=0.5", 1, ["optim.second_lr is 0", "greater"]),
+    ("optim.schedule=two_stage optim.second_lr=0.1 optim.second_stage_from=1", 1, ["stage_from is 1", "below 1"]),
+    ("optim.parts.vision.lr=0", 1, ["optim.parts.vision.lr is 0", "greater than 0"]),
+    ("optim.parts.language.weight_decay=-1", 1, ["optim.parts.language.weight_decay is -1", "0 or more"]),
+    ("optim.parts.projector.lr=1e-4 train.freeze=[projector]", 1,
+     ["optim.parts.projector.lr is 0.0001, but train.freeze lists projector", "optim.parts.projector.lr=null"]),
+    ("optim.parts.vision.weight_decay=0 train.freeze=[vision]", 1, ["vision.weight_decay is 0", "leave vision out"]),
+    ("optim.vision_layer_decay=0.9 train.freeze=[vision]", 1, ["layer_decay is 0.9", "optim.vision_layer_decay=1"]),
+    ("optim.vision_layer_decay=1.1", 1, ["optim.vision_layer_decay is 1.1", "at most 1"]),
+    ("optim.vision_layer_decay=0", 1, ["optim.vision_layer_decay is 0", "greater than 0"]),
+    ("train.min_text_share=1.1", 1, ["train.min_text_share is 1.1", "at most 1"]),
+    ("train.min_text_share=-1", 1, ["train.min_text_share is -1", "0 or more"]),
     ("train.steps=0", 1, ["train.steps is 0", "1 or more"]),
     ("train.save_every=0", 1, ["train.save_every is 0"]),
     ("train.keep_checkpoints=0", 1, ["train.keep_checkpoints is 0", "-1"]),
@@ -168,6 +196,22 @@ def test_mistake_in_an_override(recipe_file, override, expected):
 def test_mistake_across_keys(recipe_file, overrides, world_size, expected):
     message = _message(recipe_file(), overrides.split(), world_size)
     assert all(text in message for text in expected), message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "optim.schedule=wsd optim.decay_steps=6 optim.warmup_steps=4",
+        "optim.schedule=wsd optim.decay_steps=6 optim.warmup_tokens=8192",
+        "optim.schedule=wsd optim.decay_steps=10 optim.min_lr=1e-3 optim.decay_shape=cosine",
+        "optim.schedule=two_stage optim.second_lr=1 optim.second_stage_from=0.999",
+        "optim.warmup_tokens=20480",
+        "optim.parts.vision.lr=1e-2 optim.parts.language.weight_decay=0 optim.vision_layer_decay=0.9",
+        "optim.parts.vision.lr=1e-2 train.freeze=[projector]",
+    ],
+)
+def test_limits_themselves_are_allowed(recipe_file, overrides):
+    check_recipe(load_recipe(recipe_file(), overrides.split()), 1)
 
 
 @pytest.mark.parametrize(
