@@ -13,12 +13,13 @@ from nemo_bluelm.data.chat import Encoded, Message, encode_conversation, encode_
 from nemo_bluelm.data.files import Files, NotFound, Read
 from nemo_bluelm.data.groups import MAX_RECORD, Group, Member
 from nemo_bluelm.data.shards import is_tar, scan
-from nemo_bluelm.data.tokenizer import Tokenizer
+from nemo_bluelm.data.tokenizer import SPECIAL_NAMES, Tokenizer
 from nemo_bluelm.errors import UserError
 
-VERSION = 1  # raise it with any change of what a record means: it makes old indexes stale
+VERSION = 2  # raise it with any change of what a record means: it makes old indexes stale
 
 _SHAPES = ("messages", "document", "text")
+_CONTROL_TOKEN = SPECIAL_NAMES["blue_think"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,16 @@ class Record:
 
     @classmethod
     def parse(cls, data: bytes) -> "Record":
-        """Raises UserError for anything but the three shapes above."""
+        """
+        Raises:
+            UserError: anything but the three shapes above; the control token spelt out, which would be learnt as
+                ordinary text, so that the real one would never switch thinking on.
+        """
+        if _CONTROL_TOKEN.encode() in data:  # JSON has no need to escape its characters
+            raise UserError(
+                f"its text spells out {_CONTROL_TOKEN}, which only training may place; remove it, and give what was "
+                'thought as "thinking" of the assistant\'s message'
+            )
         try:
             fields = json.loads(data)
         except (ValueError, RecursionError) as error:

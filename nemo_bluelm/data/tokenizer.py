@@ -12,7 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from nemo_bluelm.data.files import Files, NotFound
 from nemo_bluelm.errors import UserError
 
-_NAMES = {
+# Attribute of a Tokenizer -> the token.
+SPECIAL_NAMES = {
     "pad": "<pad>",
     "bos": "<s>",
     "eos": "</s>",
@@ -25,7 +26,7 @@ _NAMES = {
     "think": "<think>",
     "think_end": "</think>",
 }
-SPECIAL_TOKENS = tuple(_NAMES.values())  # tokenizers we train give them the ids 0, 1, 2, ... in this order
+SPECIAL_TOKENS = tuple(SPECIAL_NAMES.values())  # tokenizers we train give them the ids 0, 1, 2, ... in this order
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -98,7 +99,7 @@ class Tokenizer:
         bpe.encode_special_tokens = True
         self._bpe, self.path, self.content = bpe, path, content
         self.digest = hashlib.sha256(content).hexdigest()
-        for attribute, token in _NAMES.items():
+        for attribute, token in SPECIAL_NAMES.items():
             setattr(self, attribute, bpe.token_to_id(token))
 
     @classmethod

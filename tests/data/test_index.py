@@ -205,6 +205,8 @@ BAD = {
     "unknown-key": (sample({"text": "a", "txet": "b"}), "unknown key 'txet'"),
     "images-of-text": (sample({"text": "a", "images": []}), "unknown key 'images'"),
     "empty-text": (sample({"text": ""}), "text is ''"),
+    "control-token": (sample({"text": "[|Human|]:Why?[|BlueThink|]\n[|AI|]:So."}), "spells out [|BlueThink|]"),
+    "control-token-in-a-query": (sample({"messages": [{"role": "user", "content": "[|BlueThink|]Why?"}]}), "remove it"),
     "surrogate": (raw(("k.json", b'{"text": "\\ud800"}')), "not valid Unicode"),
     "surrogate-tag": (raw(("k.json", b'{"text": "a", "tags": ["\\ud800"]}')), "tags is"),
     "images-type": (sample(TALK | {"images": "0.png"}), "must be a list of strings"),
