@@ -178,6 +178,20 @@ class DecodeConfig:
     prefetch: int = 4  # packs loaded ahead by each process
 
 
+class ControlToken(str, Enum):
+    """Where the token stands that asks for a thought."""
+
+    after_query = "after_query"  # the BlueLM-2.5 report's
+    before_query = "before_query"  # for comparison: instructions at the start of a query interfere with it
+
+
+@dataclass
+class ChatConfig:
+    """The chat format; a checkpoint's own is used to generate from it."""
+
+    control_token: ControlToken = ControlToken.after_query
+
+
 @dataclass
 class DataConfig:
     root: str = MISSING  # folder or URL that holds the tokenizer and the shards
@@ -188,6 +202,7 @@ class DataConfig:
     max_documents: int = 128  # documents in a pack
     oversize: Oversize = Oversize.drop
     max_bad_fraction: float = 0.1  # of the samples a process read; with more that can't be decoded the run stops
+    chat: ChatConfig = field(default_factory=ChatConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     sources: Dict[str, SourceConfig] = MISSING
 

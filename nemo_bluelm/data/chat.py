@@ -6,13 +6,15 @@
 
 An image stands at its place as ``<im_start>``, one ``<image>`` per visual token, ``<im_end>``. The role
 format is the vendor's; that the control token follows the query, and that there is no empty think block, is
-what the BlueLM-2.5 report says. Further turns follow the ``</s>`` of the last one directly.
+what the BlueLM-2.5 report says; for comparison it can precede the query. Further turns follow the ``</s>`` of
+the last one directly.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_bluelm.config.schema import ControlToken
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
 
@@ -47,7 +49,12 @@ def encode_document(content: str | Sequence[dict], tokenizer: Tokenizer, image_t
     return writer.finish()
 
 
-def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer, image_tokens: Sequence[int]) -> Encoded:
+def encode_conversation(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    image_tokens: Sequence[int],
+    control_token: ControlToken = ControlToken.after_query,
+) -> Encoded:
     """A training conversation; targets are the replies: thought with its tags, answer and ``</s>``.
 
     Args:
@@ -55,11 +62,12 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer, image
             first, assistant last. Parts are ``{"type": "text", "text": str}`` and ``{"type": "image"}``; images
             are for users, ``thinking`` (optional) for assistants.
         image_tokens: visual tokens of each image, in the order of the image parts.
+        control_token: its place in the queries whose reply has a thought.
 
     Raises:
         UserError: messages that break these rules, or another number of images than image parts.
     """
-    writer = _Writer(tokenizer, image_tokens)
+    writer = _Writer(tokenizer, image_tokens, control_token)
     _check_roles(messages, last="assistant")
     for query, reply in zip(messages[::2], messages[1::2]):
         writer.query(query, think=reply.get("thinking") is not None)
@@ -68,16 +76,21 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer, image
 
 
 def encode_prompt(
-    messages: Sequence[Message], tokenizer: Tokenizer, image_tokens: Sequence[int], think: bool
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    image_tokens: Sequence[int],
+    think: bool,
+    control_token: ControlToken = ControlToken.after_query,
 ) -> list[int]:
     """A prompt to generate from: as :func:`encode_conversation`, but it ends right after the last ``[|AI|]:``.
 
-    With ``think`` the control token follows the last query; the model itself writes ``<think>``.
+    With ``think`` the last query has the control token, where ``control_token`` says; the model itself writes
+    ``<think>``.
 
     Raises:
         UserError: as :func:`encode_conversation`, with a user's message last.
     """
-    writer = _Writer(tokenizer, image_tokens)
+    writer = _Writer(tokenizer, image_tokens, control_token)
     _check_roles(messages, last="user")
     for query, reply in zip(messages[:-1:2], messages[1::2]):
         writer.query(query, think=reply.get("thinking") is not None)
@@ -89,7 +102,13 @@ def encode_prompt(
 class _Writer:
     """Appends turns to one growing document."""
 
-    def __init__(self, tokenizer: Tokenizer, image_tokens: Sequence[int]):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        image_tokens: Sequence[int],
+        control_token: ControlToken = ControlToken.after_query,
+    ):
+        self._control_token = control_token
         self._tokenizer = tokenizer
         self._image_tokens = image_tokens
         self._images = 0
@@ -103,8 +122,10 @@ class _Writer:
     def query(self, message: Message, think: bool) -> None:
         t = self._tokenizer
         self._add([t.human])
+        if think and self._control_token == ControlToken.before_query:
+            self._add([t.blue_think])
         self._content(_parts(message.get("content"), "user message", images=True), target=False)
-        if think:
+        if think and self._control_token == ControlToken.after_query:
             self._add([t.blue_think])
         self._add([*t.newline, t.ai])
 

@@ -20,7 +20,6 @@ from nemo_bluelm.data.tokenizer import Tokenizer, train_tokenizer
 from nemo_bluelm.data.writer import RawSample, write_shard, write_split
 from nemo_bluelm.errors import UserError
 
-
 SHORT, LONG = 512, 4096  # tokens of the longest documents before and in the long-context stage
 _SHARDS = {"digits": 4, "photos": 2, "text": 2, "reasoning": 2}  # others have one
 

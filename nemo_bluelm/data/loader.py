@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from nemo_bluelm.config.schema import ControlToken
 from nemo_bluelm.data.chat import Encoded
 from nemo_bluelm.data.decode import Backend, BadSample
 from nemo_bluelm.data.files import Files
@@ -76,6 +77,7 @@ class PackLoader:
         geometry: of the tiles.
         backend: decodes the images.
         max_bad_fraction: of the samples read by this process; beyond it something larger is wrong.
+        control_token: its place in queries; a document's length doesn't depend on it.
 
     Attributes:
         samples, bad_samples: documents loaded by this process so far, and how many of them were holes.
@@ -89,7 +91,9 @@ class PackLoader:
         geometry: Geometry,
         backend: Backend,
         max_bad_fraction: float = 0.1,
+        control_token: ControlToken = ControlToken.after_query,
     ):
+        self._control_token = control_token
         self.plan, self.tokenizer, self.geometry = plan, tokenizer, geometry
         self._files, self._backend, self._max_bad_fraction = files, backend, max_bad_fraction
         self.samples = self.bad_samples = 0
@@ -126,7 +130,7 @@ class PackLoader:
         if hashlib.sha256(payload).digest()[: len(sample.digest)] != sample.digest:
             raise _Fault("read", "its JSON changed since it was indexed", sample.offset, payload)
         counts = [self.geometry.image_tokens(image.width, image.height) for image in sample.images]
-        encoded = Record.parse(payload).encode(self.tokenizer, counts)
+        encoded = Record.parse(payload).encode(self.tokenizer, counts, self._control_token)
         piece = slice(document.start, document.start + document.length)
         return Encoded(encoded.tokens[piece], encoded.loss_mask[piece], encoded.images)
 

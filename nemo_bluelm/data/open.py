@@ -14,6 +14,27 @@ from nemo_bluelm.errors import UserError
 from nemo_bluelm.geometry import Geometry
 
 
+def find(data: Any) -> tuple[Tokenizer, dict[str, list[str]]]:
+    """The tokenizer, and the shards of each source by their names alone: nothing of them is read.
+
+    Args:
+        data: a ``DataConfig`` or a node with its keys.
+
+    Raises:
+        UserError: as ``Tokenizer.load``; no source, a pattern without shards.
+    """
+    if not data.sources:
+        raise UserError("data.sources is empty; name at least one source with its shards")
+    tokenizer = Tokenizer.load(Files(data.root).absolute(data.tokenizer))
+    shards = {}
+    for name, source in data.sources.items():
+        try:
+            shards[name] = expand(data.root, source.shards)
+        except UserError as error:
+            raise UserError(f"data.sources.{name}.shards: {error}") from error
+    return tokenizer, shards
+
+
 def open_index(
     data: Any, geometry: Geometry, progress: Callable | None = None
 ) -> tuple[Index, Tokenizer, dict[str, list[str]]]:
@@ -27,17 +48,9 @@ def open_index(
         The index, the tokenizer, and the shards of each source.
 
     Raises:
-        UserError: as ``Tokenizer.load`` and ``build_index``; a pattern without shards.
+        UserError: as :func:`find` and ``build_index``.
     """
-    if not data.sources:
-        raise UserError("data.sources is empty; name at least one source with its shards")
-    tokenizer = Tokenizer.load(Files(data.root).absolute(data.tokenizer))
-    shards = {}
-    for name, source in data.sources.items():
-        try:
-            shards[name] = expand(data.root, source.shards)
-        except UserError as error:
-            raise UserError(f"data.sources.{name}.shards: {error}") from error
+    tokenizer, shards = find(data)
     union = sorted({shard for names in shards.values() for shard in names})
     return build_index(union, data.index, geometry, tokenizer, root=data.root, progress=progress), tokenizer, shards
 
@@ -65,7 +78,9 @@ def open_data(
     }
     limits = data.sequence_length, data.max_tiles, alignment, _plain(data.oversize), data.max_documents
     plan = MixturePlan(index, sources, seed, *limits)
-    return PackLoader(plan, Files(data.root), tokenizer, geometry, backend, data.max_bad_fraction)
+    return PackLoader(
+        plan, Files(data.root), tokenizer, geometry, backend, data.max_bad_fraction, data.chat.control_token
+    )
 
 
 def _plain(choice: Any) -> str:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from nemo_bluelm.config.schema import ControlToken
 from nemo_bluelm.data.chat import Encoded, Message, encode_conversation, encode_document
 from nemo_bluelm.data.files import Files, NotFound, Read
 from nemo_bluelm.data.groups import MAX_RECORD, Group, Member
@@ -79,10 +80,15 @@ class Record:
             _id(fields),
         )
 
-    def encode(self, tokenizer: Tokenizer, image_tokens: Sequence[int]) -> Encoded:
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        image_tokens: Sequence[int],
+        control_token: ControlToken = ControlToken.after_query,
+    ) -> Encoded:
         """The whole record as one document; ``image_tokens[i]`` visual tokens for image i."""
         if self.messages is not None:
-            return encode_conversation(self.messages, tokenizer, image_tokens)
+            return encode_conversation(self.messages, tokenizer, image_tokens, control_token)
         return encode_document(self.text if self.document is None else self.document, tokenizer, image_tokens)
 
 

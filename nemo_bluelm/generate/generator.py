@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from nemo_bluelm.config.schema import geometry_of
+from nemo_bluelm.config.schema import ControlToken, geometry_of
 from nemo_bluelm.data.chat import Encoded, Message, encode_prompt
 from nemo_bluelm.data.decode import load_tiles
 from nemo_bluelm.data.packs import collate
@@ -50,8 +50,15 @@ class Reply:
 class Generator:
     """A model with its tokenizer and image geometry. Make one with :func:`open_generator`."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Tokenizer, geometry: Geometry):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Tokenizer,
+        geometry: Geometry,
+        control_token: ControlToken = ControlToken.after_query,
+    ):
         self.model, self.tokenizer, self.geometry = model, tokenizer, geometry
+        self.control_token = control_token
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Reply]:
@@ -77,7 +84,7 @@ class Generator:
         side = self.geometry.tile
         tiles = [load_tiles(data, self.geometry, f"image {i + 1}") for i, data in enumerate(prompt.images)]
         counts = [len(image) * self.geometry.tokens_per_tile for image in tiles]
-        tokens = encode_prompt(prompt.messages, self.tokenizer, counts, prompt.think)
+        tokens = encode_prompt(prompt.messages, self.tokenizer, counts, prompt.think, self.control_token)
         return tokens, torch.cat([torch.empty(0, 3, side, side, dtype=torch.uint8), *tiles])
 
     def _last_logits(self, sequences: list[list[int]], tiles: list[Tensor]) -> Tensor:
@@ -109,4 +116,4 @@ def open_generator(checkpoint: Path) -> Iterator[Generator]:
 
     with single_process_world():
         model, recipe, tokenizer = load_model(checkpoint)
-        yield Generator(model, tokenizer, geometry_of(recipe.model))
+        yield Generator(model, tokenizer, geometry_of(recipe.model), recipe.data.chat.control_token)

@@ -21,15 +21,18 @@ def records(corpus, pattern):
 
 
 def test_files(corpus):
-    names = "digits-test digits-train-0000 digits-train-0001 digits-train-0002 digits-train-0003"
-    names += " photos-train-0000 photos-train-0001 text-train-0000 text-train-0001"
+    names = "digits-test digits-train-0000 digits-train-0001 digits-train-0002 digits-train-0003 long-train-0000"
+    names += " needle-train-0000 photos-train-0000 photos-train-0001 reasoning-test reasoning-train-0000"
+    names += " reasoning-train-0001 sft-train-0000 text-test text-train-0000 text-train-0001"
     assert sorted(path.name for path in corpus.iterdir()) == [*(f"{n}.tar" for n in names.split()), "tokenizer.json"]
 
 
 def test_same_every_time_but_for_the_seed(corpus, tmp_path):
     counts = make_corpus(tmp_path / "again")
     assert counts == {
-        "digits-train": 2874, "digits-test": 360, "photos-train": 260, "text-train": 93, "vocab_size": 2048
+        "digits-train": 2874, "photos-train": 260, "text-train": 86, "reasoning-train": 2800, "sft-train": 2100,
+        "needle-train": 1200, "long-train": 48, "digits-test": 360, "text-test": 7, "reasoning-test": 270,
+        "vocab_size": 2048,
     }  # fmt: skip
     for path in corpus.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
