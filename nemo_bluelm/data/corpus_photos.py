@@ -69,7 +69,9 @@ def samples(seed: int) -> list[RawSample]:
                 crop.thumbnail((int(rng.integers(40, 241)),) * 2, Image.Resampling.LANCZOS)
                 question = QUESTIONS[rng.integers(len(QUESTIONS))]
                 extension, data = _encode(crop)
-                record = question_record(question, answer, _thought(crop, answer, view), f"0.{extension}", ["photos", "train"])
+                record = question_record(
+                    question, answer, _thought(crop, answer, view), f"0.{extension}", ["photos", "train"]
+                )
                 made.append(RawSample(f"photo-{Path(file).stem}-{view}", record, {f"0.{extension}": data}))
     return made
 

@@ -7,7 +7,6 @@ import sklearn
 
 from nemo_bluelm.data.writer import RawSample
 
-
 HELD_OUT = 12  # every so many-th text
 
 
