@@ -25,23 +25,26 @@ def recipes_dir() -> Path:
     return _folder("recipes")
 
 
-_OTHER_KINDS = ("curate",)  # folders of recipes that aren't training runs
-
-
 def packaged_recipes(kind: str | None = None) -> list[str]:
     """Names of the packaged recipes, sorted, as commands take them: ``tiny/sft``.
 
     Args:
-        kind: None for training runs, as ``train`` and ``plan`` take them; ``curate`` for ``data curate``.
+        kind: None for training runs, as ``train`` and ``plan`` take them; ``pipeline`` for chains of them, which
+            ``train`` takes too; ``curate`` for ``data curate``.
     """
     root = recipes_dir()
     names = sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
-    folders = {name: name.split("/")[0] for name in names}
-    return [name for name in names if folders[name] == kind or (kind is None and folders[name] not in _OTHER_KINDS)]
+    return [name for name in names if _kind(name) == kind]
+
+
+def _kind(name: str) -> str | None:
+    if name.startswith("curate/"):
+        return "curate"
+    return "pipeline" if name.rsplit("/", 1)[-1] == "pipeline" else None
 
 
 def find_recipe(name: str, kind: str | None = None) -> Path:
-    """The file that a recipe argument means; ``kind`` as for :func:`packaged_recipes`.
+    """The file that a recipe argument means; ``kind`` as for :func:`packaged_recipes`, where None is a pipeline's too.
 
     A path to a file wins; otherwise ``tiny/sft``, ``tiny/sft.yaml`` and ``recipes/tiny/sft.yaml`` all name the packaged
     recipe.
@@ -55,7 +58,7 @@ def find_recipe(name: str, kind: str | None = None) -> Path:
             raise UserError(f"{name}: a recipe is a .yaml file; rename it to {path.with_suffix('.yaml').name}")
         return path.resolve()
     short = name.removeprefix("./").removeprefix("recipes/").removesuffix(".yaml")
-    names = packaged_recipes(kind)
+    names = packaged_recipes(kind) + (packaged_recipes("pipeline") if kind is None else [])
     if short in names:
         return recipes_dir() / f"{short}.yaml"
     what = "is a folder, not a recipe" if path.is_dir() else "recipe not found"

@@ -1,4 +1,4 @@
-"""``nemo-bluelm recipes``: the packaged recipes, each with its first comment line."""
+"""``nemo-bluelm recipes``: the packaged recipes and pipelines, each with its first comment line."""
 
 import argparse
 import json
@@ -12,7 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    rows = [{"name": name, "about": _about(name)} for name in resources.packaged_recipes()]
+    names = [*resources.packaged_recipes("pipeline"), *resources.packaged_recipes()]
+    rows = [{"name": name, "about": _about(name)} for name in names]
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0

@@ -1,4 +1,4 @@
-"""``nemo-bluelm train``: check a recipe, then train it here, as one rank, or as several local processes."""
+"""``nemo-bluelm train``: check a recipe or a pipeline, then train it here, as one rank, or as several processes."""
 
 import argparse
 import os
@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from nemo_bluelm.config.checks import check_machine, check_recipe
     from nemo_bluelm.config.compose import load_recipe
+    from nemo_bluelm.config.pipeline import is_pipeline, load_pipeline
     from nemo_bluelm.runtime.environment import Launch
 
     is_rank = "RANK" in os.environ
@@ -30,6 +31,15 @@ def run(args: argparse.Namespace) -> int:
             f"--nproc {args.nproc}: this process already is rank {os.environ['RANK']} of a launcher's job; "
             "leave --nproc out"
         )
+    if is_pipeline(args.recipe):
+        if is_rank:
+            raise UserError(
+                f"{args.recipe} is a pipeline, which starts the ranks of its stages itself; start it once, with "
+                "--nproc N, or give the launcher the recipe of one stage"
+            )
+        from nemo_bluelm.train.chain import run_pipeline
+
+        return run_pipeline(load_pipeline(args.recipe, args.overrides), args.nproc)
     recipe = load_recipe(args.recipe, args.overrides)
     check_recipe(recipe, world_size=Launch.from_environment().world_size if is_rank else args.nproc)
     check_machine(recipe)

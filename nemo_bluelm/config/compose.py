@@ -163,6 +163,8 @@ def _read(file: Path, path: str) -> dict:
         raise UserError(
             f"{path}: a recipe is a mapping of keys, this file {found}; 'nemo-bluelm recipes' lists examples"
         )
+    if "stages" in content:
+        raise UserError(f"{path}: is a pipeline, which only 'nemo-bluelm train' takes; name the recipe of one stage")
     if "hydra" in content:
         raise UserError(f"{path}: hydra: Hydra's own settings have no effect in a recipe; remove the key")
     defaults = content.get("defaults", [])

@@ -47,7 +47,7 @@ def check_resume(recipe: Recipe, checkpoint: Path) -> None:
     Raises:
         UserError: naming the key and both values.
     """
-    key, now, then = _first_difference(recipe, checkpoint, KEPT_ON_RESUME, MAY_MOVE)
+    key, now, then = _first_difference(recipe, _recipe_of(checkpoint), KEPT_ON_RESUME, MAY_MOVE)
     if key:
         raise UserError(
             f"{key} is {now}, but the run in {recipe.run_dir} was started with {then}; "
@@ -64,9 +64,7 @@ def check_init(recipe: Recipe, checkpoint: Path, tokenizer: bytes) -> None:
     Raises:
         UserError: naming the key and both values.
     """
-    key, now, then = _first_difference(recipe, checkpoint, WEIGHT_SHAPES, NO_SHAPE)
-    if key:
-        raise UserError(f"{key} is {now}, but init_from {recipe.init_from} was trained with {then}; make them equal")
+    check_shapes(recipe, _recipe_of(checkpoint))
     if tokenizer != (checkpoint / TOKENIZER_FILE).read_bytes():
         raise UserError(
             f"data.tokenizer {recipe.data.tokenizer} in data.root is not the tokenizer that init_from "
@@ -74,8 +72,26 @@ def check_init(recipe: Recipe, checkpoint: Path, tokenizer: bytes) -> None:
         )
 
 
-def _first_difference(recipe: Recipe, checkpoint: Path, keys: tuple, but: tuple) -> tuple[str, Any, Any]:
-    now, then = _flat(recipe), _flat(load_recipe(str(checkpoint / RECIPE_FILE), []))
+def check_shapes(recipe: Recipe, origin: Recipe) -> None:
+    """Refuse to start from weights of another shape.
+
+    Args:
+        origin: the recipe that the weights of ``init_from`` are or will be trained with.
+
+    Raises:
+        UserError: naming the key and both values.
+    """
+    key, now, then = _first_difference(recipe, origin, WEIGHT_SHAPES, NO_SHAPE)
+    if key:
+        raise UserError(f"{key} is {now}, but init_from {recipe.init_from} was trained with {then}; make them equal")
+
+
+def _recipe_of(checkpoint: Path) -> Recipe:
+    return load_recipe(str(checkpoint / RECIPE_FILE), [])
+
+
+def _first_difference(recipe: Recipe, other: Recipe, keys: tuple, but: tuple) -> tuple[str, Any, Any]:
+    now, then = _flat(recipe), _flat(other)
     for key in sorted(set(now) | set(then)):
         matters = key.startswith(keys) and not key.startswith(but)
         if matters and now.get(key) != then.get(key):

@@ -1,0 +1,132 @@
+"""Runs a pipeline: each stage as a process of ``nemo-bluelm``, what is finished is left, what is cut off goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from nemo_bluelm.children import python_environment
+from nemo_bluelm.config.checks import check_machine, check_recipe
+from nemo_bluelm.config.compose import load_recipe
+from nemo_bluelm.config.pipeline import Pipeline, Stage
+from nemo_bluelm.config.schema import Recipe
+from nemo_bluelm.data.open import find
+from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.parent import bound_to_this_process
+from nemo_bluelm.runtime.run_dir import newest, resolve_checkpoint, step_of
+from nemo_bluelm.train.continuity import check_init, check_resume, check_shapes
+from nemo_bluelm.train.pruning import prune
+
+PRUNING_PACKS = 32  # of calibration
+
+
+def run_pipeline(pipeline: Pipeline, nproc: int) -> int:
+    """Check every stage, then run those that aren't finished, one after the other.
+
+    Ended at any moment and called again, it ends as if it had not been: a stage goes on from its newest checkpoint.
+
+    Args:
+        nproc: processes of each training stage.
+
+    Returns:
+        Exit code: that of the first stage that failed or was stopped (128 + n by signal n), else 0.
+
+    Raises:
+        UserError: a mistake in the recipe, the data or the run folder of any stage.
+    """
+    recipes = {stage.name: load_stage(stage) for stage in pipeline.stages}
+    done = {}
+    for stage in pipeline.stages:
+        try:
+            done[stage.name] = _check(stage, pipeline, recipes, done, nproc)
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from error
+    for number, stage in enumerate(pipeline.stages, 1):
+        place = f"{pipeline.name}  stage {number} of {len(pipeline.stages)}, {stage.name}"
+        if done[stage.name]:
+            print(f"{place}: complete in {stage.folder}", file=sys.stderr)
+            continue
+        print(f"{place}: {'pruning to the shape of ' if stage.teacher else ''}{stage.recipe}", file=sys.stderr)
+        command = [sys.executable, "-m", "nemo_bluelm.cli.main", *_arguments(stage, pipeline, nproc)]
+        environment = {**os.environ, **python_environment(), **bound_to_this_process()}
+        code = _wait(subprocess.Popen(command, env=environment))
+        if code < 0:
+            name = signal.Signals(-code).name
+            print(f"{place}: ended by {name}; the same command goes on from its newest checkpoint", file=sys.stderr)
+            return 128 - code
+        if code:
+            return code
+    return 0
+
+
+def load_stage(stage: Stage) -> Recipe:
+    """The complete recipe of a stage.
+
+    Raises:
+        UserError: as ``load_recipe``, the stage named.
+    """
+    # What a pruned student starts and learns from is not needed to prune.
+    unneeded = ["init_from=null", "distill.teacher=null"] if stage.teacher else []
+    try:
+        return load_recipe(stage.recipe, [*unneeded, *stage.overrides])
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from error
+
+
+def _check(stage: Stage, pipeline: Pipeline, recipes: dict[str, Recipe], done: dict[str, bool], nproc: int) -> bool:
+    """Whether the stage is finished; ``done`` says it of the earlier ones.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    recipe = recipes[stage.name]
+    check_recipe(recipe, world_size=None if stage.teacher else nproc)
+    if not stage.teacher:
+        check_machine(recipe)
+    begun = stage.folder.exists() if stage.teacher else newest(stage.folder) is not None
+    if begun:
+        for other in stage.after:
+            if not done[other]:
+                raise UserError(
+                    f"{stage.folder} holds a checkpoint that was made from stage {other}, and that stage isn't "
+                    f"finished: bring back {pipeline.stage(other).folder}, or remove {stage.folder} to make it again"
+                )
+    if stage.teacher:
+        if begun:
+            prune(str(pipeline.stage(stage.teacher).folder), stage.folder, recipe, PRUNING_PACKS)
+            return True
+    elif begun:
+        check_resume(recipe, newest(stage.folder))
+        if step_of(newest(stage.folder)) >= recipe.train.steps:
+            return True
+    tokenizer, _ = find(recipe.data)
+    if recipe.init_from is not None and not begun:
+        origin = next((s for s in pipeline.stages if Path(recipe.init_from) == s.folder), None)
+        if origin is None:
+            check_init(recipe, resolve_checkpoint(recipe.init_from, "init_from"), tokenizer.content)
+        else:
+            check_shapes(recipe, recipes[origin.name])
+    return False
+
+
+def _arguments(stage: Stage, pipeline: Pipeline, nproc: int) -> list[str]:
+    """The command line of a stage."""
+    if stage.teacher:
+        teacher = str(pipeline.stage(stage.teacher).folder)
+        packs = str(PRUNING_PACKS)
+        return ["prune", teacher, str(stage.folder), "--recipe", stage.recipe, *stage.overrides, "--packs", packs]
+    return ["train", stage.recipe, *stage.overrides, *(["--nproc", str(nproc)] if nproc > 1 else [])]
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """The exit code of a stage. Ctrl-C reaches it from the terminal, SIGTERM is passed on: it saves before it ends."""
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, previous)
