@@ -1,6 +1,7 @@
 """``nemo-bluelm prune``: cut a checkpoint's language model to a narrower recipe's shape."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_bluelm.cli.arguments import positive
@@ -22,10 +23,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from nemo_bluelm.config.checks import check_recipe
     from nemo_bluelm.config.compose import load_recipe
+    from nemo_bluelm.config.schema import DistillConfig
     from nemo_bluelm.train.pruning import prune
 
     # What the student will start and learn from is being made, or isn't needed for it.
     recipe = load_recipe(args.recipe, ["init_from=null", "distill.teacher=null", *args.overrides])
+    recipe = replace(recipe, distill=DistillConfig())
     check_recipe(recipe, world_size=None)
     language = recipe.model.language
     made = prune(args.teacher, args.out, recipe, args.packs)

@@ -4,6 +4,7 @@ import math
 from importlib.util import find_spec
 from typing import Iterator
 
+from nemo_bluelm.config.distill_checks import distill_problems
 from nemo_bluelm.config.layout import alignment, layout_problem
 from nemo_bluelm.config.optim_checks import optim_problems
 from nemo_bluelm.config.schema import (
@@ -92,6 +93,7 @@ def _all_but_layout(recipe: Recipe) -> Iterator[str]:
         _recompute,
         optim_problems,
         _lora,
+        distill_problems,
     ):
         yield from check(recipe)
 

@@ -20,6 +20,7 @@ from nemo_bluelm.data.ledger import Entry
 from nemo_bluelm.data.packs import PackedBatch, collate
 from nemo_bluelm.data.plan import MixturePlan, Pack
 from nemo_bluelm.data.records import Record
+from nemo_bluelm.data.teacher_logits import TeacherLogits
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.geometry import Geometry
@@ -80,6 +81,7 @@ class PackLoader:
         control_token: its place in queries; a document's length doesn't depend on it.
 
     Attributes:
+        teacher: adds what a teacher said of the documents; None, or set before the first pack is loaded.
         samples, bad_samples: documents loaded by this process so far, and how many of them were holes.
     """
 
@@ -96,6 +98,7 @@ class PackLoader:
         self._control_token = control_token
         self.plan, self.tokenizer, self.geometry = plan, tokenizer, geometry
         self._files, self._backend, self._max_bad_fraction = files, backend, max_bad_fraction
+        self.teacher: TeacherLogits | None = None
         self.samples = self.bad_samples = 0
         self._last_fault = ""
         self._lock = threading.Lock()
@@ -117,7 +120,10 @@ class PackLoader:
         texts = [self._hole(d) if fault else e for d, e, fault in zip(documents, encoded, faults)]
         side = self.geometry.tile
         whole = torch.cat(kept) if kept else torch.empty(0, 3, side, side, dtype=torch.uint8)
-        return LoadedPack(pack.number, self._collate(texts, whole), tuple(marked))
+        batch = self._collate(texts, whole)
+        if self.teacher is not None:
+            batch = self.teacher.add_to(batch, marked)
+        return LoadedPack(pack.number, batch, tuple(marked))
 
     def _locate(self, piece) -> Document:
         sample, start, length = self.plan.locate(piece)

@@ -21,6 +21,7 @@ _WIRE = {
     "cu_seqlens_padded": np.int32,
 }
 _ROWS = ("tokens", "labels", "loss_mask", "position_ids")
+_TEACHER = ("teacher_ids", "teacher_scores")
 _FIELDS = {**_WIRE, "tokens": np.int64, "labels": np.int64, "loss_mask": np.float32, "position_ids": np.int64}
 
 
@@ -51,6 +52,8 @@ class PackedBatch:
         equal_segments: how many segments there are, if they have one padded length; else, or if unknown, 0.
         shares: by rank of the tensor and context group the places of the tiles that it holds, where each holds some of
             the row's tiles (see :mod:`nemo_bluelm.runtime.sharing`); None where ``tiles`` are all.
+        teacher_ids, teacher_scores: int32 and float16 [1, S, k], a teacher's likeliest tokens after each, and their
+            log-probabilities; None in a run that learns from no stored logits.
     """
 
     tokens: torch.Tensor
@@ -64,6 +67,8 @@ class PackedBatch:
     bounds: tuple[int, ...] = ()
     equal_segments: int | None = None
     shares: tuple[tuple[int, ...], ...] | None = None
+    teacher_ids: torch.Tensor | None = None
+    teacher_scores: torch.Tensor | None = None
 
     def __post_init__(self):
         if not self.bounds:
@@ -80,6 +85,7 @@ class PackedBatch:
     def text_to_bytes(self) -> bytes:
         """All but the pixels, compressed: what a rank needs that decodes none."""
         whole = {name: getattr(self, name).numpy().astype(dtype) for name, dtype in _WIRE.items()}
+        whole |= {name: getattr(self, name).numpy() for name in _TEACHER if getattr(self, name) is not None}
         file = io.BytesIO()
         np.savez_compressed(file, **whole, max_seqlen=self.max_seqlen, tiles=self.tiles.shape)
         return file.getvalue()
@@ -89,6 +95,7 @@ class PackedBatch:
         """The pack of :meth:`text_to_bytes`; its ``tiles`` have their shape, but lie on the "meta" device."""
         with np.load(io.BytesIO(data)) as whole:
             text = {name: torch.from_numpy(whole[name].astype(_FIELDS[name])) for name in _WIRE}
+            text |= {name: torch.from_numpy(whole[name]) for name in _TEACHER if name in whole}
             tiles = torch.empty(*whole["tiles"].tolist(), dtype=torch.uint8, device="meta")
             return cls(**text, max_seqlen=int(whole["max_seqlen"]), tiles=tiles)
 
@@ -162,7 +169,8 @@ def join(packs: Sequence[PackedBatch]) -> PackedBatch:
     """
     if len(packs) == 1:
         return packs[0]
-    rows = {name: torch.cat([getattr(pack, name) for pack in packs], dim=1) for name in _ROWS}
+    rows = _ROWS if packs[0].teacher_ids is None else _ROWS + _TEACHER
+    rows = {name: torch.cat([getattr(pack, name) for pack in packs], dim=1) for name in rows}
     return PackedBatch(
         **rows,
         cu_seqlens=_end_to_end([pack.cu_seqlens for pack in packs]),

@@ -126,6 +126,11 @@ class SourceTable:
         shard = self.shards[int(np.searchsorted(self._ends, piece, side="right"))]
         return shard.sample(int(self._rows[piece])), int(self._starts[piece]), int(self.tokens[piece])
 
+    def pieces_of(self, shard: int) -> range:
+        """The pieces of the shard at this place in ``shards``."""
+        end = int(self._ends[shard])
+        return range(end - self._sizes[shard], end)
+
     def unused(self) -> str | None:
         """In one line, how many samples of the source a run never sees whole, and why; None if it sees all."""
         counts = self.counts

@@ -4,6 +4,7 @@ from typing import Optional
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -35,6 +36,7 @@ class BlueLMModel(MegatronModule):
         pre_process, post_process: this rank holds the first / last pipeline stage.
         vp_stage: index of the model chunk under virtual pipelining.
         vision_config: of the ViT; None makes one beside ``config``, without FP8 and recomputation.
+        pg_collection: over which the language model is laid; None takes Megatron's.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class BlueLMModel(MegatronModule):
         post_process: bool = True,
         vp_stage: Optional[int] = None,
         vision_config: Optional[TransformerConfig] = None,
+        pg_collection: Optional[ProcessGroupCollection] = None,
     ):
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
@@ -62,7 +65,7 @@ class BlueLMModel(MegatronModule):
                 model.vision.hidden_size, model.language.hidden_size, geometry, config.params_dtype, device
             )
         self.language = LanguageModel(
-            config, model.language, max_sequence_length, pre_process, post_process, vp_stage=vp_stage
+            config, model.language, max_sequence_length, pre_process, post_process, vp_stage, pg_collection
         )
 
     def freeze(self, parts: list[Part]) -> None:

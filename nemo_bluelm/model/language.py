@@ -4,6 +4,7 @@ from typing import Optional
 
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from nemo_bluelm.config.schema import LanguageConfig
@@ -17,6 +18,7 @@ class LanguageModel(GPTModel):
     Args:
         max_sequence_length: longest pack, in tokens.
         vp_stage: index of the model chunk under virtual pipelining.
+        pg_collection: over which it is laid; None takes Megatron's.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class LanguageModel(GPTModel):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: Optional[int] = None,
+        pg_collection: Optional[ProcessGroupCollection] = None,
     ):
         super().__init__(
             config=config,
@@ -40,6 +43,7 @@ class LanguageModel(GPTModel):
             rotary_base=language.rotary_base,
             scatter_embedding_sequence_parallel=False,  # visual tokens are merged into the whole sequence first
             vp_stage=vp_stage,
+            pg_collection=pg_collection,
         )
 
     def _preprocess(

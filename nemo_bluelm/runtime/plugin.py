@@ -97,15 +97,21 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
         if not self.module.vp_stage:  # further virtual stages are fed the same packs again
             lengths = batch.cu_seqlens.diff().tolist()  # still on the host
             self.real_tokens += sum(lengths)
-            self.model_flops += pack_flops(
-                self.recipe.model, lengths, batch.tiles.size(0), self.recipe.train.freeze
-            ).total
+            self.model_flops += self.step_flops(lengths, batch.tiles.size(0))
         if self.module.pre_process:
             batch = share_tiles(batch, self.device, self.recipe.parallel.share_tiles)
         else:
             no_tiles = batch.tiles.new_empty((0, *batch.tiles.shape[1:]), device=self.device)
             batch = dataclasses.replace(batch, tiles=no_tiles)
         return batch.to(self.device)
+
+    def other_losses(self) -> dict[str, Tensor]:
+        """What else than the loss the last step has to report, fp32 [] each, by its name in metrics.jsonl."""
+        return {}
+
+    def step_flops(self, lengths: list[int], tiles: int) -> int:
+        """Model FLOPs of one micro-batch: documents of ``lengths`` real tokens, and their tiles."""
+        return pack_flops(self.recipe.model, lengths, tiles, self.recipe.train.freeze).total
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """One pack through this rank's part: row losses [1, S / context size] on the last stage."""

@@ -18,6 +18,7 @@ KEPT_ON_RESUME = (
     "seed",
     "train.global_batch_size",
     "train.freeze",
+    "distill.",
     "train.lora.",
     "parallel.context",
 )

@@ -29,6 +29,7 @@ class _Step:
     grad_norm: float
     tokens_by_source: dict[str, int]
     sums: Later  # loss, then tokens, bad samples and FLOPs over all data-parallel ranks
+    others: dict[str, Later]  # other losses
     begun: Stamp
     ended: Stamp
 
@@ -46,6 +47,7 @@ class Metrics(Callback):
     - ``seconds`` is the time from the end of the step before, on the GPU's clock; saving a checkpoint isn't counted.
     - ``tflops`` is model FLOPs (``nemo_bluelm.model.flops``) a second and GPU, in 10^12; ``mfu`` the share that is of
       the device's dense BF16 peak, null where that is not known.
+    - a run that distills adds ``cross_entropy`` and ``divergence``, of which its loss is made.
     - ``bad_samples`` counts those met since the run was started or resumed.
 
     Rank 0 writes. A resumed run drops the lines after its checkpoint, so that the file reads like one uninterrupted
@@ -108,6 +110,7 @@ class Metrics(Callback):
             grad_norm=trainer.strategy.grad_norm,
             tokens_by_source=trainer.datamodule.tokens_by_source(),
             sums=Later(torch.cat((loss, sums))),
+            others={name: Later(value.reshape(1).clone()) for name, value in module.other_losses().items()},
             begun=begun,
             ended=self._mark,
         )
@@ -150,6 +153,7 @@ class Metrics(Callback):
             tflops=rate / 1e12,
             mfu=rate / self.peak if self.peak else None,
             bad_samples=int(bad_samples),
+            **{name: value.get()[0] for name, value in step.others.items()},
         )
 
     def _report(self, **row) -> None:

@@ -22,6 +22,7 @@ from nemo_bluelm.runtime.run_dir import (
 )
 from nemo_bluelm.train.continuity import check_init, check_resume
 from nemo_bluelm.train.guards import text_share_notice
+from nemo_bluelm.train.teachers import check_teacher
 
 
 def train(recipe: Recipe) -> int:
@@ -55,6 +56,8 @@ def train(recipe: Recipe) -> int:
     loader = open_data(recipe)
     if init_from is not None:
         check_init(recipe, init_from, loader.tokenizer.content)
+    if recipe.distill.teacher is not None:
+        check_teacher(recipe, loader.tokenizer.content)
     notices = [text_share_notice(recipe, loader.plan.text_share()), *(table.unused() for table in loader.plan.tables)]
     recipe_yaml = to_yaml(recipe).encode()
     lock = _open_run_dir(run_dir, recipe_yaml) if rank == 0 else None
@@ -110,8 +113,8 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
     from nemo_bluelm.runtime.data import PackDataModule
     from nemo_bluelm.runtime.optimizer import Optimizer
     from nemo_bluelm.runtime.param_groups import Multipliers
-    from nemo_bluelm.runtime.plugin import BlueLM
     from nemo_bluelm.runtime.strategy import build_strategy, build_trainer
+    from nemo_bluelm.train.distill import module_class
     from nemo_bluelm.train.losses import TokenLoss
     from nemo_bluelm.train.schedules import LearningRate
 
@@ -137,7 +140,7 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
             recipe.train.steps, optim, recipe.train.global_batch_size * recipe.data.sequence_length
         ),
     )
-    model = BlueLM(recipe, loader.tokenizer.image, TokenLoss, optimizer)
+    model = module_class(recipe)(recipe, loader.tokenizer.image, TokenLoss, optimizer)
     trainer = build_trainer(recipe, build_strategy(recipe, init_from), callbacks)
     decode = recipe.data.decode
     sizes = recipe.train.global_batch_size, recipe.train.micro_batch_size
@@ -154,10 +157,12 @@ def open_data(recipe: Recipe):
     """The run's PackLoader, its tokenizer checked against the model.
 
     Raises:
-        UserError: as ``nemo_bluelm.data.open.open_data``; a tokenizer with more tokens than the model has rows.
+        UserError: as ``nemo_bluelm.data.open.open_data``; a tokenizer with more tokens than the model has rows; stored
+            logits of something else.
     """
     from nemo_bluelm.data import open as data
     from nemo_bluelm.data.progress import Lines
+    from nemo_bluelm.data.teacher_logits import TeacherLogits
 
     progress = Lines() if Launch.from_environment().rank == 0 else None
     loader = data.open_data(recipe.data, geometry_of(recipe.model), recipe.seed, alignment(recipe), progress)
@@ -167,6 +172,10 @@ def open_data(recipe: Recipe):
             f"model.language.vocab_size is {rows}, but the tokenizer in data.root has {loader.tokenizer.vocab_size} "
             "tokens; raise model.language.vocab_size or choose another tokenizer"
         )
+    distill = recipe.distill
+    if distill.logits is not None:
+        at_one = distill.temperature == 1 and distill.temperature_end in (None, 1)
+        loader.teacher = TeacherLogits(Path(distill.logits), loader, distill.top_k, rows, at_one)
     return loader
 
 
