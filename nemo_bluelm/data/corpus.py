@@ -103,7 +103,8 @@ def make_corpus(out: Path, vocab_size: int = 2048, seed: int = 0) -> dict:
 def _needles(texts: Sequence[RawSample], tokenizer: Tokenizer, seed: int) -> dict[str, list[RawSample]]:
     """Documents with needles: ``needle`` as short as the other training data, ``long`` beyond."""
     haystack = Haystack([text for sample in texts for text in sample.texts()], lambda text: len(tokenizer.encode(text)))
-    short = [SHORT >> (number % 4) for number in range(1200)]  # 512, 256, 128, 64, ...
+    # Mostly short ones: in a long one hardly any token is a target.
+    short = [SHORT if number % 32 == 0 else 48 + number % 6 * 24 for number in range(3000)]
     long = [LONG >> (number % 3) for number in range(48)]  # 4096, 2048, 1024, ...
     return {
         "needle": needle_samples(haystack, short, f"needle-{seed}", ("needle", "train")),
