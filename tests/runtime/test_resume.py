@@ -9,17 +9,22 @@ import pytest
 from tests.runtime.processes import TRAIN, anything_alive, finish, kill, run, start
 
 STEPS = 24
+# A resumed run must find the rates of every parameter group again.
+OPTIMIZER = [
+    *("optim.schedule=wsd", "optim.decay_steps=3", "optim.vision_layer_decay=0.9", "optim.parts.vision.lr=2e-3"),
+    *("optim.parts.projector.lr=3e-3", "optim.parts.language.weight_decay=0.2"),
+]
 
 
 def command(corpus, run_dir, *overrides):
     settings = [f"data.root={corpus}", f"run_dir={run_dir}", f"train.steps={STEPS}", "train.save_every=5"]
-    return [*TRAIN, "recipes/tiny/sft.yaml", *settings, "train.global_batch_size=2", *overrides]
+    return [*TRAIN, "recipes/tiny/sft.yaml", *settings, "train.global_batch_size=2", *OPTIMIZER, *overrides]
 
 
 def curve(run_dir):
-    """(step, loss, grad_norm, lr) of every step, as written."""
+    """(step, loss, grad_norm, lr, tokens by source) of every step, as written."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows]
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens_by_source"]) for row in rows]
 
 
 def wait_for_step(run_dir, step, process, timeout=120):
@@ -96,13 +101,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(uninterrupted, corpus, fork
 @pytest.mark.slow
 def test_a_run_of_four_ranks_goes_on_with_two(corpus, forks, tmp_path):
     """The global batches are the same, so the curve is that of any number of ranks, to rounding."""
-    layout = ["train.global_batch_size=4", "optim.schedule=constant", "optim.warmup_steps=2"]
+    layout = ["train.global_batch_size=4", "optim.schedule=constant", "optim.decay_steps=null", "optim.warmup_steps=2"]
     forks.run(*command(corpus, tmp_path / "alone", *layout, "train.steps=6"))
     run(*command(corpus, tmp_path / "run", *layout, "train.steps=3", "--nproc", "4"))
     forks.run(*command(corpus, tmp_path / "run", *layout, "train.steps=6"), ranks=2)
     expected, found = curve(tmp_path / "alone"), curve(tmp_path / "run")
     assert [row[0] for row in found] == list(range(1, 7))
     assert [row[1] for row in found] == pytest.approx([row[1] for row in expected], rel=1e-5)
+    assert [row[4] for row in found] == [row[4] for row in expected]
 
 
 @pytest.mark.slow
