@@ -14,7 +14,10 @@ from nemo_bluelm.errors import UserError
 FULL_SCALE = ["data.root=corpus", "init_from=run"]
 
 
-@pytest.mark.parametrize("name", ["tiny/align_projector", "tiny/sft"])
+STAGES = ["align_projector", "joint_pretrain", "reasoning_pretrain", "decay", "long_context", "sft"]
+
+
+@pytest.mark.parametrize("name", [f"tiny/{stage}" for stage in STAGES])
 def test_tiny_recipes_run_on_one_and_two_processes(name):
     recipe = load_recipe(name, [])
     for world_size in (1, 2):
@@ -22,13 +25,27 @@ def test_tiny_recipes_run_on_one_and_two_processes(name):
     assert geometry_of(recipe.model).tokens_per_tile == 4
 
 
-@pytest.mark.parametrize("name", ["align_projector", "sft"])
+@pytest.mark.parametrize("name", STAGES)
 def test_full_scale_recipes_run_on_one_node(name):
     recipe = load_recipe(name, FULL_SCALE)
     check_recipe(recipe, 8)
     assert geometry_of(recipe.model).tokens_per_tile == 196
     assert recipe.model.language.vocab_size == 100_096
     assert recipe.precision.dtype is Dtype.bf16
+
+
+@pytest.mark.parametrize("name", ["joint_pretrain", "tiny/joint_pretrain"])
+def test_joint_mixture_is_the_papers(name):
+    data = load_recipe(name, ["data.root=corpus", "init_from=run"]).data
+    images = sum(source.weight for key, source in data.sources.items() if key in ("image_text", "digits", "photos"))
+    assert images / sum(source.weight for source in data.sources.values()) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("stage, tokens", [("joint_pretrain", 4e12), ("reasoning_pretrain", 2.5e12)])
+def test_full_scale_tokens_are_the_papers(stage, tokens):
+    recipe = load_recipe(stage, FULL_SCALE)
+    step = recipe.train.global_batch_size * recipe.data.sequence_length
+    assert recipe.train.steps * step == pytest.approx(tokens, rel=1e-5)
 
 
 def test_every_packaged_recipe_and_block_composes():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from nemo_bluelm.config.schema import ControlToken
 from nemo_bluelm.data.chat import encode_conversation, encode_document, encode_prompt
 from nemo_bluelm.errors import UserError
 
@@ -67,6 +68,19 @@ def test_prompt_and_reply_are_the_conversation(tokenizer, turns, think):
 def test_control_token_follows_the_query(tokenizer):
     prompt = encode_prompt([user("Why?")], tokenizer, [], think=True)
     assert tokenizer.decode(prompt) == "<s>[|Human|]:Why?[|BlueThink|]\n[|AI|]:"
+
+
+def test_control_token_before_the_query(tokenizer):
+    messages = [user([IMAGE, text("Why?")]), assistant("7", thinking="Hm."), user("And?"), assistant("8")]
+    whole = encode_conversation(messages, tokenizer, [1], ControlToken.before_query)
+    assert tokenizer.decode(whole.tokens) == (
+        "<s>[|Human|]:[|BlueThink|]<im_start><image><im_end>Why?\n[|AI|]:<think>Hm.</think>7</s>"
+        "[|Human|]:And?\n[|AI|]:8</s>"
+    )
+    prompt = encode_prompt(messages[:1], tokenizer, [1], True, ControlToken.before_query)
+    assert whole.tokens[: len(prompt)] == prompt
+    # The index counts tokens without knowing the place.
+    assert len(whole.tokens) == len(encode_conversation(messages, tokenizer, [1]).tokens)
 
 
 def test_text_that_looks_special_forges_nothing(tokenizer):

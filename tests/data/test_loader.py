@@ -12,7 +12,7 @@ import pytest
 import torch
 from data_pieces import GEOMETRY, image_sample
 
-from nemo_bluelm.config.schema import SourceConfig
+from nemo_bluelm.config.schema import ControlToken, SourceConfig
 from nemo_bluelm.data.decode import get_backend
 from nemo_bluelm.data.files import Files
 from nemo_bluelm.data.loader import prefetch
@@ -55,6 +55,22 @@ def test_pack_agrees_with_its_documents(data, alignment):
         assert batch.tiles.shape == (sum(document.sample.tiles for document in documents), 3, 56, 56)
         images = int((batch.tokens == loader.tokenizer.image).sum())
         assert images == len(batch.tiles) * GEOMETRY.tokens_per_tile
+
+
+def test_control_token_stands_where_the_recipe_says(data):
+    after = load(open_data(data, GEOMETRY, seed=7), 4)
+    data.chat.control_token = ControlToken.before_query
+    before = load(open_data(data, GEOMETRY, seed=7), 4)
+    thoughts = 0
+    for first, second in zip(after, before):
+        loader = open_data(data, GEOMETRY, seed=7)
+        control, human = loader.tokenizer.blue_think, loader.tokenizer.human
+        rows = [loaded.batch.tokens[0].tolist() for loaded in (first, second)]
+        counts = [row.count(control) for row in rows]
+        assert counts[0] == counts[1] and sorted(rows[0]) == sorted(rows[1])
+        thoughts += counts[0]
+        assert [row[row.index(control) - 1] == human for row in rows] == [False, True]
+    assert thoughts
 
 
 def test_tiles_belong_to_their_documents(small):
