@@ -35,9 +35,9 @@ def did_you_mean(key: str) -> str:
     siblings = {k.rsplit(".", 1)[-1]: k for k in keys if k.rpartition(".")[0] == parent}
     leaves = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
     close = (
-        _nearest(leaf, siblings)
+        leaves.get(leaf)  # rightly spelt, in the wrong place
+        or _nearest(leaf, siblings)
         or _contained(leaf, siblings)
-        or leaves.get(leaf)
         or _nearest(".".join(parts), {k: k for k in keys if not key.startswith(f"{k}.")}, 0.8)
         or (None if siblings and parent else _nearest(leaf, leaves))
     )
