@@ -25,6 +25,9 @@ SCHEDULE = [1.0, 1.0, 1.0, 0.55]  # of optim.lr: warm, stable, the decay's first
 LAYOUTS = {
     "tensor": ["parallel.tensor=2", *PARTS],
     "pipeline": ["parallel.pipeline=2", *PARTS],
+    "virtual_pipeline": [
+        *("parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.language.num_layers=4", *PARTS),
+    ],
     "frozen": ["train.freeze=[vision]", "train.steps=1", "data.sequence_length=128", "optim.warmup_steps=0"],
     "data": [*PARTS],
 }
@@ -54,7 +57,7 @@ def is_vector(name: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "virtual_pipeline", "data"])
 def test_every_weight_has_its_own_rates_at_every_step(layout, recorded):
     seen = set()
     for rank in recorded[layout]:
