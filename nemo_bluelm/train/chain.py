@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_bluelm.children import python_environment
 from nemo_bluelm.config.checks import check_machine, check_recipe
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.config.pipeline import Pipeline, Stage
-from nemo_bluelm.config.schema import Recipe
+from nemo_bluelm.config.schema import DistillConfig, Recipe
 from nemo_bluelm.data.open import find
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.parent import bound_to_this_process
@@ -69,7 +70,8 @@ def load_stage(stage: Stage) -> Recipe:
     # What a pruned student starts and learns from is not needed to prune.
     unneeded = ["init_from=null", "distill.teacher=null"] if stage.teacher else []
     try:
-        return load_recipe(stage.recipe, [*unneeded, *stage.overrides])
+        recipe = load_recipe(stage.recipe, [*unneeded, *stage.overrides])
+        return replace(recipe, distill=DistillConfig()) if stage.teacher else recipe
     except UserError as error:
         raise UserError(f"stage {stage.name}: {error}") from error
 

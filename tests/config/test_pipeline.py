@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from nemo_bluelm import resources
-from nemo_bluelm.config.compose import load_recipe
+from nemo_bluelm.config.checks import check_recipe
+from nemo_bluelm.config.compose import load_recipe, load_without_data
 from nemo_bluelm.config.pipeline import is_pipeline, load_pipeline
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.train.continuity import check_shapes
 
 CHAIN = """
 name: chain
@@ -62,14 +64,20 @@ def test_the_command_line_comes_last(chain):
 
 @pytest.mark.parametrize("name", resources.packaged_recipes("pipeline"))
 def test_packaged_pipelines(name):
-    """Every stage's recipe composes, and starts from a stage before it."""
+    """Every stage composes, needs nothing but data and the first one's teacher, and fits the one it starts from."""
     assert is_pipeline(name) and is_pipeline(f"recipes/{name}.yaml")
-    given = [] if name.startswith("tiny/") else ["data.root=corpus"]
-    pipeline = load_pipeline(name, given)
-    for stage in pipeline.stages:
-        if stage.teacher is None:
-            recipe = load_recipe(stage.recipe, list(stage.overrides))
-            assert recipe.run_dir == str(stage.folder)
+    recipes = {}
+    for stage in load_pipeline(name, []).stages:
+        recipe, missing, _ = load_without_data(stage.recipe, list(stage.overrides))
+        first = ["init_from", "distill.teacher"] if not recipes or stage.teacher else []
+        assert set(missing) <= {"data.root", *first}
+        check_recipe(recipe, 8 if name == "pipeline" else 1)
+        assert recipe.run_dir == str(stage.folder)
+        recipes[str(stage.folder)] = recipe
+        if recipe.init_from in recipes:
+            check_shapes(recipe, recipes[recipe.init_from])
+        else:
+            assert recipe.init_from in (None, "unset")
 
 
 @pytest.mark.parametrize(
