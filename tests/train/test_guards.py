@@ -9,6 +9,7 @@ from nemo_bluelm.data.open import open_data
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.resources import packaged_recipes
 from nemo_bluelm.train.guards import text_share_notice
+from tests.conftest import one_line
 
 
 def notice(share, *overrides):
@@ -34,6 +35,14 @@ def test_the_recipe_can_demand_more_or_less():
     for freeze in ("[]", "[language]"):
         with pytest.raises(UserError, match="min_text_share is 0.5, but 40.0% of the mixture's tokens.*; raise"):
             notice(0.4, "train.min_text_share=0.5", f"train.freeze={freeze}")
+
+
+def test_train_refuses_before_anything_is_written(corpus, tmp_path, cli_process):
+    settings = [f"data.root={corpus}", f"data.index={tmp_path / 'index'}", f"run_dir={tmp_path / 'run'}"]
+    ended = cli_process("train", "tiny/joint_pretrain", *settings, "init_from=null", "train.min_text_share=0.9")
+    last = ended.stderr.splitlines()[-1]  # on a busy machine the index tells of its progress
+    assert "train.min_text_share is 0.9, but 40.0% of" in one_line(ended.returncode, last)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in packaged_recipes() if name.startswith("tiny/")])
