@@ -118,7 +118,7 @@ class TeacherLogits:
             documents, *rows = (
                 np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("documents", "ids", "scores")
             )
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise UserError(f"distill.logits {folder} is damaged ({error}); remove it and run {MAKE} again") from error
         places = {(offset, start): (first, tokens) for offset, start, tokens, first in documents.tolist()}
         return ShardLogits(places, *rows)
