@@ -19,6 +19,7 @@ from nemo_bluelm.runtime.parent import follow_parent
 COMMANDS = {
     "train": "train a recipe, on this machine or as one rank of a launcher's job",
     "prune": "cut a checkpoint's language model to a narrower recipe's shape",
+    "merge": "write a checkpoint with LoRA's adapters merged into its weights",
     "plan": "show what a recipe resolves to: config, parameters, tokens per image, layout",
     "data": "index, inspect, curate: what to do with shards before and between runs",
     "bench": "time a part of the stack beside what users know",

@@ -7,8 +7,13 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-from nemo_bluelm.config.schema import LoraConfig
+from nemo_bluelm.config.schema import LoraConfig, LoraModule
 from nemo_bluelm.model.language import LanguageModel
+
+
+def leaves_mlp(lora: LoraConfig) -> bool:
+    """Whether the MLP has no adapters, and may be the fused module."""
+    return not lora.rank or not {LoraModule.linear_fc1, LoraModule.linear_fc2} & set(lora.modules)
 
 
 def add_lora(language: LanguageModel, lora: LoraConfig) -> None:
@@ -18,13 +23,17 @@ def add_lora(language: LanguageModel, lora: LoraConfig) -> None:
     Checkpoints keep the names of W and have A and B as ``adapter.linear_in`` and ``adapter.linear_out`` beside it.
     """
     language.requires_grad_(False)
-    adapters = _nemo().LoRA(
+    nemo = _nemo()
+    adapters = nemo.LoRA(
         target_modules=[module.value for module in lora.modules],
         dim=lora.rank,
         alpha=lora.alpha,
         dropout=lora.dropout,
     )
     _replace(language.decoder, adapters)
+    for module in language.decoder.modules():
+        if isinstance(module, nemo.LoRALinear):
+            module.register_load_state_dict_pre_hook(_take_names_of_checkpoint)
 
 
 @torch.no_grad()
@@ -36,6 +45,12 @@ def merge_lora(language: LanguageModel) -> None:
         for name, child in module.named_children():
             if isinstance(child, nemo.LoRALinear):
                 setattr(module, name, child.to_wrap)
+
+
+def _take_names_of_checkpoint(module: torch.nn.Module, state: dict, prefix: str, *args) -> None:
+    """NeMo's wrapper gives its state without the name of the layer in it, and doesn't take it so."""
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(f"{prefix}adapter.")]:
+        state[f"{prefix}to_wrap.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 def _replace(model: torch.nn.Module, change) -> None:

@@ -10,14 +10,14 @@ from nemo.lightning import io
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
-from nemo_bluelm.config.schema import LoraModule, Recipe
+from nemo_bluelm.config.schema import Recipe
 from nemo_bluelm.data.packs import PackedBatch
 from nemo_bluelm.layers.context import context_rows
 from nemo_bluelm.model.bluelm import BlueLMModel
 from nemo_bluelm.model.config import HAVE_TE, language_transformer_config, vision_transformer_config
 from nemo_bluelm.model.flops import pack_flops
 from nemo_bluelm.model.init import initialize
-from nemo_bluelm.model.lora import add_lora
+from nemo_bluelm.model.lora import add_lora, leaves_mlp
 from nemo_bluelm.runtime.sharing import share_tiles
 
 
@@ -48,8 +48,7 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
             recipe.train.recompute,
             recipe.train.cuda_graphs,
         )
-        lora = recipe.train.lora
-        self.config.fused_mlp = not (lora.rank and {LoraModule.linear_fc1, LoraModule.linear_fc2} & set(lora.modules))
+        self.config.fused_mlp = leaves_mlp(recipe.train.lora)
         self._loss = loss()
         # Fed to this rank, padding not counted; the metrics callback reads and resets them.
         self.real_tokens = self.model_flops = 0

@@ -40,16 +40,24 @@ def build_model(recipe: Recipe, image_token_id: int, local: bool = False) -> tor
     """
     from nemo_bluelm.model.bluelm import BlueLMModel
     from nemo_bluelm.model.config import language_transformer_config
+    from nemo_bluelm.model.lora import add_lora, leaves_mlp
 
     precision = PrecisionConfig(recipe.precision.dtype)  # prompts have lengths that FP8 products can't take
     config = language_transformer_config(recipe.model.language, ParallelConfig(), precision)
     if local:
         config = replace(config, transformer_impl="local", gradient_accumulation_fusion=False, apply_rope_fusion=False)
-    return BlueLMModel(config, recipe.model, image_token_id, recipe.data.sequence_length)
+    lora = recipe.train.lora
+    config.fused_mlp = leaves_mlp(lora)
+    model = BlueLMModel(config, recipe.model, image_token_id, recipe.data.sequence_length)
+    if lora.rank:
+        add_lora(model.language, lora)
+    return model
 
 
 def load_model(checkpoint: Path, local: bool = False) -> tuple[torch.nn.Module, Recipe, Tokenizer]:
     """The model of a checkpoint of any layout, whole, in evaluation mode; inside :func:`single_process_world`.
+
+    LoRA's adapters are merged into the weights beside them.
 
     Args:
         checkpoint: as :func:`nemo_bluelm.runtime.run_dir.resolve_checkpoint` gives it.
@@ -60,6 +68,7 @@ def load_model(checkpoint: Path, local: bool = False) -> tuple[torch.nn.Module, 
     """
     from megatron.core import dist_checkpointing
 
+    from nemo_bluelm.model.lora import merge_lora
     from nemo_bluelm.runtime.storage import reading
 
     recipe = load_recipe(str(checkpoint / RECIPE_FILE), [])
@@ -70,4 +79,6 @@ def load_model(checkpoint: Path, local: bool = False) -> tuple[torch.nn.Module, 
         state = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS_DIR))
     # Megatron adds the training state (step, optimizer settings) of the checkpoint to what was asked for.
     model.load_state_dict({name.removeprefix(STATE_PREFIX): state[name] for name in wanted})
+    if recipe.train.lora.rank:
+        merge_lora(model.language)
     return model.eval(), recipe, tokenizer
