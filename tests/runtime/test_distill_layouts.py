@@ -38,7 +38,7 @@ def taught(corpus, tmp_path_factory, forks):
     return train_all(corpus, folder, 2, layouts, timeout=500)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, reference",
     [
@@ -50,13 +50,13 @@ def test_every_layout_learns_the_same(name, reference, taught):
     compare(Run(taught / name), Run(taught / reference))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stored_logits_teach_what_the_teacher_does(taught):
     """To the precision of fp16 scores."""
     assert Run(taught / "one_stored").losses == pytest.approx(Run(taught / "one_few").losses, rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_temperature_and_number_of_tokens_matter(taught):
     """The references differ, so that the comparisons above compare something."""
     losses = Run(taught / "one").losses, Run(taught / "one_few").losses
