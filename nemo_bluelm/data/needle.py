@@ -61,13 +61,23 @@ class Haystack:
         return [{"role": "user", "content": document}, {"role": "assistant", "content": number}], number
 
 
-def needle_samples(haystack: Haystack, lengths: Sequence[int], seed: str, tags: Sequence[str]) -> list[RawSample]:
-    """A sample of each length, needles at any depth; ``seed`` also begins the keys, which must not hold a dot."""
-    rng = Random(seed)
-    return [
-        RawSample(f"{seed}-{number:05d}", {"messages": haystack.hide(rng, length)[0], "tags": [*tags]})
-        for number, length in enumerate(lengths)
-    ]
+def needle_samples(
+    haystack: Haystack, lengths: Sequence[int], seed: str, tags: Sequence[str], turns: int = 1
+) -> list[RawSample]:
+    """A sample of each length, needles at any depth; ``seed`` also begins the keys, which must not hold a dot.
+
+    Args:
+        lengths: of the first turn.
+        turns: how often the question comes in a sample: the more often, the more of its tokens are targets.
+    """
+    rng, samples = Random(seed), []
+    for number, length in enumerate(lengths):
+        messages, answer = haystack.hide(rng, length)
+        question = re.split(r"(?<=\.) ", messages[0]["content"])[-1]
+        for _ in range(turns - 1):
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        samples.append(RawSample(f"{seed}-{number:05d}", {"messages": messages, "tags": [*tags]}))
+    return samples
 
 
 def sample_texts() -> list[str]:

@@ -31,7 +31,7 @@ def test_same_every_time_but_for_the_seed(corpus, tmp_path):
     counts = make_corpus(tmp_path / "again")
     assert counts == {
         "digits-train": 2874, "photos-train": 260, "text-train": 86, "reasoning-train": 2800, "sft-train": 2100,
-        "needle-train": 1200, "long-train": 48, "digits-test": 360, "text-test": 7, "reasoning-test": 270,
+        "needle-train": 1600, "long-train": 48, "digits-test": 360, "text-test": 7, "reasoning-test": 270,
         "vocab_size": 2048,
     }  # fmt: skip
     for path in corpus.iterdir():

@@ -45,3 +45,11 @@ def test_samples_are_the_same_every_time():
     samples = needle_samples(haystack, [200, 400], "n-0", ("needle",))
     assert samples == needle_samples(haystack, [200, 400], "n-0", ("needle",))
     assert samples != needle_samples(haystack, [200, 400], "n-1", ("needle",))
+
+
+def test_the_question_may_come_again():
+    (sample,) = needle_samples(Haystack(TEXTS, len), [300], "n-0", ("needle",), turns=3)
+    messages = sample.record["messages"]
+    assert len(messages) == 6 and len({message["content"] for message in messages[1::2]}) == 1
+    assert messages[2] == messages[4] and messages[0]["content"].endswith(" " + messages[2]["content"])
+    assert messages[2]["content"].startswith("What is the secret number of ")
