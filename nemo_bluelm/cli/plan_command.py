@@ -129,7 +129,7 @@ def _images(recipe: "Recipe", sizes: list[tuple[int, int]]) -> list[dict]:
 
 
 def _layout(recipe: "Recipe", world_size: int | None) -> dict:
-    parallel = recipe.parallel
+    parallel, tokens = recipe.parallel, recipe.train.global_batch_size * recipe.data.sequence_length
     layout = {
         "tensor": parallel.tensor,
         "sequence": parallel.sequence,
@@ -137,7 +137,9 @@ def _layout(recipe: "Recipe", world_size: int | None) -> dict:
         "virtual_pipeline": parallel.virtual_pipeline,
         "context": parallel.context,
         "ranks_per_model": _model_ranks(recipe),
-        "tokens_per_step": recipe.train.global_batch_size * recipe.data.sequence_length,
+        "tokens_per_step": tokens,
+        "steps": recipe.train.steps,
+        "tokens_of_the_run": tokens * recipe.train.steps,
     }
     if world_size is not None:
         layout["world_size"] = world_size
@@ -153,6 +155,8 @@ def _show(plan: dict, recipe: "Recipe") -> None:
 
     console = Console()
     print(yaml.safe_dump(plan["config"], sort_keys=False).rstrip())
+    if recipe.distill.teacher is not None:
+        print("\nNote: distill.teacher runs beside the model; memory, FLOPs and time below are without it.")
     if plan["missing"]:
         print(f"\nTo train, set what is mandatory: {' '.join(f'{key}=...' for key in plan['missing'])}")
 

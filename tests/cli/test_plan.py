@@ -1,10 +1,12 @@
 """``plan``: what it says is computed from the recipe and the built model."""
 
 import json
+import re
 
 import pytest
 
 from nemo_bluelm.config.compose import load_without_data
+from nemo_bluelm.config.pipeline import load_pipeline
 from nemo_bluelm.runtime.params import count_parameters
 from tests.conftest import CHECKOUT, one_line
 
@@ -48,6 +50,23 @@ def test_full_scale_plan_needs_no_data(cli):
     phone = next(image for image in plan["images"] if (image["width"], image["height"]) == (1080, 2400))
     assert (phone["grid"], phone["tiles"], phone["tokens"]) == ([2, 4], 9, 1764)
     assert "data" not in plan["layout"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", load_pipeline("pipeline", []).stages, ids=lambda stage: stage.name)
+def test_every_stage_on_8_64_and_512_gpus(stage, cli):
+    """Small batches have fewer packs than 512 GPUs: the line of refusal says which one would do."""
+    for gpus in (8, 64, 512):
+        asked = ["plan", stage.recipe, "--world-size", str(gpus), "--device", "h100", "--json"]
+        code, shown, stderr = cli(*asked)
+        if code == 2 and gpus == 512:
+            override = re.search(r"fits 512 x .*: (train.global_batch_size=\d+)$", one_line(code, stderr))[1]
+            code, shown, stderr = cli(*asked, override)
+        plan = _plan(code, shown, stderr)
+        layout, steps = plan["layout"], plan["config"]["train"]["steps"]
+        packs, length = plan["config"]["train"]["global_batch_size"], plan["config"]["data"]["sequence_length"]
+        assert (layout["steps"], layout["tokens_of_the_run"]) == (steps, steps * packs * length)
+        assert plan["device"]["fits"] and plan["device"]["gpu_hours"] > 0
 
 
 @pytest.mark.slow
