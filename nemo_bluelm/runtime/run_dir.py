@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Optional
 
+from nemo_bluelm.config.schema import Part
 from nemo_bluelm.errors import UserError
 
 CHECKPOINT_PREFIX = "step_"
@@ -60,3 +61,13 @@ def resolve_checkpoint(path: str, key: str) -> Path:
         if not (checkpoint / name).exists():
             raise UserError(f"{key}: {checkpoint} is not a complete checkpoint, {name} is missing; choose another step")
     return checkpoint.resolve()
+
+
+def parts_in(checkpoint: Path) -> set[Part]:
+    """The parts of the model that a checkpoint has weights of; all of them where its list of tensors can't be read."""
+    try:
+        # A pickle of Megatron-Core's classes: slow to load, and the names in it stand there plainly.
+        names = (checkpoint / WEIGHTS_DIR / ".metadata").read_bytes()
+    except OSError:
+        return set(Part)
+    return {part for part in Part if f"module.{part.value}.".encode() in names} or set(Part)

@@ -17,6 +17,7 @@ from nemo import lightning as nl
 from nemo_bluelm.config.schema import Dtype, Recipe
 from nemo_bluelm.model.config import TORCH_DTYPE
 from nemo_bluelm.runtime.environment import Launch
+from nemo_bluelm.runtime.partial import joined, split
 from nemo_bluelm.runtime.storage import reading
 
 
@@ -56,8 +57,13 @@ class Strategy(nl.MegatronStrategy):
         sharded = {"state_dict": self.megatron_parallel.sharded_state_dict(metadata=metadata)}
         if self.should_restore_optimizer_states(selective_restore) and self.trainer.state.fn == TrainerFn.FITTING:
             sharded["optimizer"] = [self.optimizer_sharded_state_dict(is_loading=True, metadata=metadata)]
-        loaded = self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state_dict=sharded, strict=True)
-        return {key: loaded[key] for key in sharded} if selective_restore else loaded
+        if not selective_restore:
+            return self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state_dict=sharded, strict=True)
+        # A run starts from these weights (init_from): it may have other parts.
+        state = split(sharded["state_dict"], Path(checkpoint_path))
+        found = {"state_dict": state.found}
+        loaded = self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state_dict=found, strict=True)
+        return {"state_dict": joined(loaded["state_dict"], state.new)}
 
 
 def build_strategy(recipe: Recipe, init_from: Optional[Path]) -> Strategy:

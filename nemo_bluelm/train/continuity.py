@@ -1,13 +1,14 @@
 """Which checkpoint a run may go on from or start from: the keys that its weights and its data depend on."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_bluelm.config.compose import load_recipe
-from nemo_bluelm.config.schema import Recipe
+from nemo_bluelm.config.schema import Part, Recipe
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE
+from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE, parts_in
 
 # A resumed run must keep these to give what the uninterrupted run would have given; other keys may change.
 KEPT_ON_RESUME = (
@@ -32,14 +33,17 @@ MAY_MOVE = (
     "data.decode.threads",
     "data.decode.prefetch",
 )
-WEIGHT_SHAPES = (
-    "model.vision.",
-    "model.language.",
-    "model.geometry.tile",
-    "model.geometry.patch",
-    "model.geometry.merge",
+WEIGHT_SHAPES = {
+    Part.vision: ("model.vision.", "model.geometry.tile", "model.geometry.patch"),
+    Part.projector: ("model.vision.hidden_size", "model.language.hidden_size", "model.geometry.merge"),
+    Part.language: ("model.language.",),
+}
+NO_SHAPE = (
+    "model.vision.num_layers",  # each has tensors of its own: those that a checkpoint lacks are new, others left out
+    "model.language.init_method_std",
+    "model.language.yarn.",
+    "model.language.rotary_base",
 )
-NO_SHAPE = ("model.language.init_method_std", "model.language.yarn.", "model.language.rotary_base")
 
 
 def check_resume(recipe: Recipe, checkpoint: Path) -> None:
@@ -65,24 +69,29 @@ def check_init(recipe: Recipe, checkpoint: Path, tokenizer: bytes) -> None:
     Raises:
         UserError: naming the key and both values.
     """
-    check_shapes(recipe, _recipe_of(checkpoint))
-    if tokenizer != (checkpoint / TOKENIZER_FILE).read_bytes():
+    origin, parts = _recipe_of(checkpoint), parts_in(checkpoint)
+    check_shapes(recipe, origin, parts)
+    if Part.language in parts and tokenizer != (checkpoint / TOKENIZER_FILE).read_bytes():
         raise UserError(
             f"data.tokenizer {recipe.data.tokenizer} in data.root is not the tokenizer that init_from "
             f"{recipe.init_from} was trained with; use {checkpoint / TOKENIZER_FILE}"
         )
 
 
-def check_shapes(recipe: Recipe, origin: Recipe) -> None:
-    """Refuse to start from weights of another shape.
+def check_shapes(recipe: Recipe, origin: Recipe, parts: Iterable[Part] = tuple(Part)) -> None:
+    """Refuse to start from weights of another shape, or to lose adapters.
 
     Args:
         origin: the recipe that the weights of ``init_from`` are or will be trained with.
+        parts: those that there are weights of; the shapes of others don't matter.
 
     Raises:
         UserError: naming the key and both values.
     """
-    key, now, then = _first_difference(recipe, origin, WEIGHT_SHAPES, NO_SHAPE)
+    keys = tuple(key for part in parts for key in WEIGHT_SHAPES[part])
+    key, now, then = _first_difference(recipe, origin, keys, NO_SHAPE)
+    if origin.train.lora.rank and recipe.train.lora.rank != origin.train.lora.rank and Part.language in parts:
+        key, now, then = "train.lora.rank", recipe.train.lora.rank, origin.train.lora.rank
     if key:
         raise UserError(f"{key} is {now}, but init_from {recipe.init_from} was trained with {then}; make them equal")
 

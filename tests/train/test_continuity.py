@@ -4,7 +4,7 @@ import pytest
 
 from nemo_bluelm.config.compose import load_recipe, to_yaml
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.train.continuity import check_init, check_resume
+from nemo_bluelm.train.continuity import check_init, check_resume, check_shapes
 
 TOKENIZER = b"the same"
 
@@ -49,16 +49,48 @@ def test_resume_refuses(override, key, checkpoint):
 
 
 @pytest.mark.parametrize(
-    "override", ["model.geometry.max_cols=1", "data.sequence_length=256", "model.language.yarn.factor=8", "seed=1"]
+    "override",
+    [
+        *("model.geometry.max_cols=1", "data.sequence_length=256", "model.language.yarn.factor=8", "seed=1"),
+        *("model.vision.num_layers=1", "train.freeze=[vision]", "train.lora.rank=4"),
+    ],
 )
 def test_init_allows(override, checkpoint):
     check_init(recipe(checkpoint, override), checkpoint, TOKENIZER)
 
 
-@pytest.mark.parametrize("key", ["model.language.ffn_hidden_size", "model.vision.num_layers", "model.geometry.tile"])
+@pytest.mark.parametrize("key", ["model.language.ffn_hidden_size", "model.vision.hidden_size", "model.geometry.tile"])
 def test_init_refuses_other_shapes(key, checkpoint):
     with pytest.raises(UserError, match=rf"^{key} is 112, but init_from .* trained with"):
         check_init(recipe(checkpoint, f"{key}=112"), checkpoint, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("parts", "refused"),
+    [
+        ("language", ["model.language.hidden_size"]),
+        ("vision", ["model.vision.hidden_size", "model.geometry.tile"]),
+        ("projector", ["model.language.hidden_size", "model.vision.hidden_size", "model.geometry.merge"]),
+    ],
+)
+def test_shapes_of_parts_that_the_checkpoint_lacks_do_not_matter(parts, refused, checkpoint):
+    (checkpoint / "weights").mkdir()
+    (checkpoint / "weights" / ".metadata").write_bytes(b"...module.%s.weight..." % parts.encode())
+    values = {"model.language.hidden_size": 96, "model.vision.hidden_size": 96, "model.geometry.tile": 84}
+    for key, value in (values | {"model.geometry.merge": 1}).items():
+        changed = recipe(checkpoint, f"{key}={value}")
+        if key in refused:
+            with pytest.raises(UserError, match=rf"^{key} is {value}, but init_from"):
+                check_init(changed, checkpoint, TOKENIZER)
+        else:
+            check_init(changed, checkpoint, TOKENIZER)
+
+
+def test_adapters_are_not_lost(checkpoint):
+    origin = recipe(checkpoint, "train.lora.rank=4")
+    check_shapes(recipe(checkpoint, "train.lora.rank=4"), origin)
+    with pytest.raises(UserError, match="^train.lora.rank is 0, but init_from .* trained with 4"):
+        check_shapes(recipe(checkpoint), origin)
 
 
 def test_init_refuses_another_tokenizer(checkpoint):
