@@ -90,10 +90,14 @@ def check_shapes(recipe: Recipe, origin: Recipe, parts: Iterable[Part] = tuple(P
     """
     keys = tuple(key for part in parts for key in WEIGHT_SHAPES[part])
     key, now, then = _first_difference(recipe, origin, keys, NO_SHAPE)
-    if origin.train.lora.rank and recipe.train.lora.rank != origin.train.lora.rank and Part.language in parts:
-        key, now, then = "train.lora.rank", recipe.train.lora.rank, origin.train.lora.rank
     if key:
         raise UserError(f"{key} is {now}, but init_from {recipe.init_from} was trained with {then}; make them equal")
+    rank = origin.train.lora.rank
+    if rank and recipe.train.lora.rank != rank and Part.language in parts:
+        raise UserError(
+            f"train.lora.rank is {recipe.train.lora.rank}, but init_from {recipe.init_from} has adapters of rank "
+            f"{rank}; set train.lora.rank={rank}, or take them into the weights with 'nemo-bluelm merge'"
+        )
 
 
 def _recipe_of(checkpoint: Path) -> Recipe:
