@@ -1,46 +1,48 @@
-"""Every stage, tiny, on this machine: make a corpus, train on it, answer questions about images it has not seen."""
+"""Every stage, tiny, on this machine: make a corpus, train on it, measure what was learnt on what was held out."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
 from nemo_bluelm.atomic import write_atomically
-from nemo_bluelm.config.compose import load_recipe
+from nemo_bluelm.config.pipeline import Stage, load_pipeline, quoted
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.runtime.parent import bound_to_this_process
 from nemo_bluelm.runtime.run_dir import read_metrics, resolve_checkpoint
+from nemo_bluelm.train.chain import load_stage, run_pipeline
 
-# Recipe and the stage whose checkpoint it starts from.
-STAGES = (("align_projector", None), ("sft", "align_projector"))
+PIPELINE = "tiny/pipeline"
 REPORT_FILE = "report.json"
 SMOOTHING = 10  # steps that a reported loss is the mean of
 MAX_NEW_TOKENS = 64
+QUESTIONS = 100  # of the held-out problems, asked in both modes
+NEEDLE_LENGTHS, NEEDLE_DEPTHS, NEEDLES = (512, 2560), (0.1, 0.5, 0.9), 8  # tokens; documents of each length and depth
 
 
-def run(out: Path) -> int:
-    """Make the corpus, run the stages through ``nemo-bluelm train``, evaluate, print a table, write report.json.
+def run(out: Path, overrides: list[str]) -> int:
+    """Make the corpus, run the tiny pipeline, evaluate, print tables, write report.json.
 
     What is already there is kept: a second call on the same folder goes on where the first one ended.
 
     Args:
         out: folder for ``corpus/``, ``runs/STAGE/`` and the report.
+        overrides: of the pipeline, as ``nemo_bluelm.config.pipeline.load_pipeline`` takes them.
 
     Returns:
         Exit code: that of the first stage that failed, else 0.
 
     Raises:
-        UserError: the folder can't be written.
+        UserError: the folder can't be written; a mistake in the overrides.
     """
     console = Console(stderr=True)
     started = time.perf_counter()
     corpus = out / "corpus"
+    folders = {"data.root": corpus, "data.index": out / "index", "run_dir": out / "runs"}
+    pipeline = load_pipeline(PIPELINE, [*(f"{key}={quoted(folder)}" for key, folder in folders.items()), *overrides])
     if not corpus.exists():
         from nemo_bluelm.data.corpus import make_corpus
 
@@ -50,61 +52,30 @@ def run(out: Path) -> int:
             make_corpus(corpus)
         except OSError as error:
             raise UserError(f"--out {out} can't be written: {error.strerror}; choose another folder") from error
+    if code := run_pipeline(pipeline, nproc=1):
+        return code
 
-    rows = []
-    for stage, origin in STAGES:
-        folders = {"data.root": corpus, "data.index": out / "index", "run_dir": _run_dir(out, stage)}
-        overrides = [f"{key}={_quoted(folder)}" for key, folder in folders.items()]
-        if origin is not None:
-            overrides.append(f"init_from={_quoted(_run_dir(out, origin))}")
-        console.print(f"training recipes/tiny/{stage}.yaml")
-        command = [sys.executable, "-m", "nemo_bluelm.cli.main", "train", f"tiny/{stage}", *overrides]
-        code = _wait(subprocess.Popen(command, env={**os.environ, **bound_to_this_process()}))
-        if code:
-            return code
-        rows.append(_stage_row(out, stage, overrides))
-
-    console.print("evaluating on held-out digits")
-    evaluation = _evaluate(_run_dir(out, STAGES[-1][0]), corpus / "digits-test.tar")
+    rows = [_stage_row(stage) for stage in pipeline.stages if stage.teacher is None]
+    console.print("evaluating on what was held out")
+    evaluation = _evaluate(pipeline.stages[-1].folder, corpus)
     rows[-1]["held_out_accuracy"] = evaluation["accuracy"]
+    for row in rows:
+        row["held_out_text_loss"] = _text_loss(pipeline.stage(row["stage"]).folder, corpus)
     report = {"stages": rows, **evaluation, "seconds": round(time.perf_counter() - started, 1)}
     write_atomically(out / REPORT_FILE, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     _print(report, out / REPORT_FILE)
     return 0
 
 
-def _wait(training: subprocess.Popen) -> int:
-    """The exit code of a stage. Ctrl-C reaches it from the terminal, SIGTERM is passed on: it saves before it ends."""
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: training.send_signal(number))
-    try:
-        while True:
-            try:
-                return training.wait()
-            except KeyboardInterrupt:
-                continue
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _quoted(path: Path) -> str:
-    """A value in the grammar of overrides, whatever characters it has."""
-    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def _run_dir(out: Path, stage: str) -> Path:
-    return out / "runs" / stage
-
-
-def _stage_row(out: Path, stage: str, overrides: list[str]) -> dict:
+def _stage_row(stage: Stage) -> dict:
     """What a finished run says of itself; the first step, which warms caches, is left out of the speed."""
-    steps = read_metrics(_run_dir(out, stage))
+    steps = read_metrics(stage.folder)
     losses = [step["loss"] for step in steps]
     seconds = sum(step["seconds"] for step in steps)
     timed = steps[1:] or steps
     return {
-        "stage": stage,
-        "steps": load_recipe(f"tiny/{stage}", overrides).train.steps,
+        "stage": stage.name,
+        "steps": load_stage(stage).train.steps,
         "loss_first": sum(losses[:SMOOTHING]) / len(losses[:SMOOTHING]),
         "loss_last": sum(losses[-SMOOTHING:]) / len(losses[-SMOOTHING:]),
         "tokens_per_second": sum(s["tokens"] for s in timed) / sum(s["seconds"] for s in timed),
@@ -112,21 +83,31 @@ def _stage_row(out: Path, stage: str, overrides: list[str]) -> dict:
     }
 
 
-def _evaluate(run_dir: Path, shard: Path) -> dict:
-    """Exact-match accuracy without thinking, and one reply in each mode to the first held-out image."""
-    from nemo_bluelm.data.records import read_records
+def _evaluate(run_dir: Path, corpus: Path) -> dict:
+    """What the last stage's model can do.
+
+    Exact-match accuracy on digits without thinking, one reply in each mode to the first of them, replies to held-out
+    problems in both modes, and numbers found in documents as long as a text before the long-context stage and longer.
+    """
+    from nemo_bluelm.evaluate.control import as_rows, control_obedience
+    from nemo_bluelm.evaluate.needle import found_by_length, needle_retrieval
     from nemo_bluelm.generate.generator import Prompt, open_generator
 
-    questions = [(record.messages, images) for _, record, images in read_records(shard)]
+    questions = [(record.messages, images) for record, images in _records(corpus / "digits-test.tar")]
+    problems = [(record, images) for record, images in _records(corpus / "reasoning-test.tar") if not images]
     prompts = [Prompt(messages[:-1], images) for messages, images in questions]
     expected = [messages[-1]["content"] for messages, _ in questions]
     with open_generator(resolve_checkpoint(str(run_dir), "run_dir")) as generator:
         replies = generator.generate(prompts, MAX_NEW_TOKENS)
         thinking = generator.generate([Prompt(prompts[0].messages, prompts[0].images, think=True)], MAX_NEW_TOKENS)[0]
+        modes = as_rows(control_obedience(generator, problems[:QUESTIONS]))
+        needles = needle_retrieval(generator, _texts(corpus), NEEDLE_LENGTHS, NEEDLE_DEPTHS, NEEDLES)
     right = sum(reply.thought is None and reply.answer == answer for reply, answer in zip(replies, expected))
     return {
         "accuracy": right / len(expected),
         "held_out_images": len(expected),
+        "problems": modes,
+        "needles_found": {str(length): found for length, found in found_by_length(needles).items()},
         "example": {
             "expected": expected[0],
             "non_thinking": vars(replies[0]),
@@ -135,15 +116,43 @@ def _evaluate(run_dir: Path, shard: Path) -> dict:
     }
 
 
+def _text_loss(run_dir: Path, corpus: Path) -> float:
+    """Nats per token of held-out text, after a stage."""
+    from nemo_bluelm.evaluate.text_loss import loss_by_position
+    from nemo_bluelm.generate.generator import open_generator
+
+    with open_generator(resolve_checkpoint(str(run_dir), "run_dir")) as generator:
+        spans = loss_by_position(generator, _texts(corpus), length=512, spans=1)
+    return spans[0].loss
+
+
+def _records(shard: Path) -> list[Any]:
+    from nemo_bluelm.data.records import read_records
+
+    return [(record, images) for _, record, images in read_records(shard)]
+
+
+def _texts(corpus: Path) -> list[str]:
+    """The held-out texts."""
+    return [record.text for record, _ in _records(corpus / "text-test.tar")]
+
+
 def _print(report: dict, path: Path) -> None:
-    table = Table(Column("stage", no_wrap=True), "steps", "loss", "tokens/s", "seconds", "held-out accuracy")
+    columns = ("stage", "steps", "loss", "tokens/s", "s", "text loss", "digits")
+    table = Table(*(Column(name, no_wrap=True) for name in columns), box=box.SIMPLE)
     for row in report["stages"]:
         accuracy = f"{row['held_out_accuracy']:.3f}" if "held_out_accuracy" in row else ""
         loss = f"{row['loss_first']:.3f} -> {row['loss_last']:.3f}"
-        speed = f"{row['tokens_per_second']:,.0f}"
-        table.add_row(row["stage"], str(row["steps"]), loss, speed, f"{row['seconds']:.0f}", accuracy)
+        speed, text = f"{row['tokens_per_second']:,.0f}", f"{row['held_out_text_loss']:.3f}"
+        table.add_row(row["stage"], str(row["steps"]), loss, speed, f"{row['seconds']:.0f}", text, accuracy)
     console = Console()
     console.print(table)
+    for mode, wanted in (("think", "with the control token: {} think"), ("direct", "without it: {} answer at once")):
+        found = report["problems"][mode]
+        obeyed = wanted.format(f"{found['obeyed']:.0%}")
+        console.print(f"{found['count']} held-out problems {obeyed}, {found['right']:.0%} right")
+    found = ", ".join(f"{share:.0%} of those in {length} tokens" for length, share in report["needles_found"].items())
+    console.print(f"numbers found in documents: {found}")
     example = report["example"]
     console.print(f"held-out digit {example['expected']}, not thinking: {example['non_thinking']['answer']}")
     thinking = example["thinking"]

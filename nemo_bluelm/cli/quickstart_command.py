@@ -12,9 +12,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for corpus, runs and report (outputs/quickstart)",
     )
+    parser.add_argument(
+        "overrides",
+        metavar="[STAGE.]key=value",
+        nargs="*",
+        help="change a value of one stage (sft.train.steps=50) or of all (seed=5)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from nemo_bluelm.quickstart import run as quickstart
 
-    return quickstart(args.out)
+    return quickstart(args.out, args.overrides)
