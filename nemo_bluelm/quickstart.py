@@ -138,15 +138,15 @@ def _texts(corpus: Path) -> list[str]:
 
 
 def _print(report: dict, path: Path) -> None:
-    columns = ("stage", "steps", "loss", "tokens/s", "s", "text loss", "digits")
-    table = Table(*(Column(name, no_wrap=True) for name in columns), box=box.SIMPLE)
+    columns = ("stage", "steps", "loss", "tokens/s", "seconds", "text loss")
+    table = Table(*(Column(name, no_wrap=True) for name in columns), box=box.SIMPLE, pad_edge=False)
     for row in report["stages"]:
-        accuracy = f"{row['held_out_accuracy']:.3f}" if "held_out_accuracy" in row else ""
-        loss = f"{row['loss_first']:.3f} -> {row['loss_last']:.3f}"
+        loss = f"{row['loss_first']:.2f} -> {row['loss_last']:.2f}"
         speed, text = f"{row['tokens_per_second']:,.0f}", f"{row['held_out_text_loss']:.3f}"
-        table.add_row(row["stage"], str(row["steps"]), loss, speed, f"{row['seconds']:.0f}", text, accuracy)
+        table.add_row(row["stage"], str(row["steps"]), loss, speed, f"{row['seconds']:.0f}", text)
     console = Console()
     console.print(table)
+    console.print(f"{report['held_out_images']} held-out digits: {report['accuracy']:.1%} right")
     for mode, wanted in (("think", "with the control token: {} think"), ("direct", "without it: {} answer at once")):
         found = report["problems"][mode]
         obeyed = wanted.format(f"{found['obeyed']:.0%}")
