@@ -7,7 +7,10 @@ import pytest
 
 from nemo_bluelm import resources
 from nemo_bluelm.cli import main as cli_main
+from nemo_bluelm.config.checks import check_recipe
 from nemo_bluelm.config.compose import load_without_data
+from nemo_bluelm.config.pipeline import load_pipeline
+from nemo_bluelm.train.chain import load_stage
 from tests.conftest import CHECKOUT, one_line
 
 README = (CHECKOUT / "README.md").read_text()
@@ -46,7 +49,16 @@ def test_files_that_commands_name_exist():
         assert (CHECKOUT / path).exists(), path
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
+PIPELINES = [text for text in blocks("yaml") if "stages:" in text]
+
+
+@pytest.mark.parametrize("text", PIPELINES)
+def test_example_pipeline_composes(text, recipe_file):
+    for stage in load_pipeline(recipe_file(text=text), []).stages:
+        check_recipe(load_stage(stage), world_size=1)
+
+
+@pytest.mark.parametrize("text", [text for text in blocks("yaml") if text not in PIPELINES])
 def test_example_recipe_composes(text, recipe_file):
     part = "name:" not in text
     rest = "name: x\ntrain: {steps: 1}\noptim: {lr: 1.0e-4}\n" if part else ""

@@ -72,7 +72,7 @@ def write_part(source, target, part):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_language_model_alone_starts_a_whole_model(ranks, corpus, forks, whole, language_only, tmp_path):
     """On two ranks it is split over a pipeline, so each knows a part of the names only."""
     layout = ["parallel.pipeline=2"] if ranks == 2 else []
