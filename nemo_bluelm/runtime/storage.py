@@ -4,13 +4,16 @@ import errno
 import logging
 import os
 import pickle
+import queue
 import re
 import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
@@ -66,3 +69,15 @@ def writing(run_dir: Path) -> Iterator[None]:
             f"run_dir {run_dir} can't be written: {reason}, {free} MiB are free; make room or mend it, then type the "
             "same command to go on from the newest checkpoint"
         ) from error
+
+
+def save_weights(state: dict[str, Any], folder: Path) -> None:
+    """Write a sharded state as the weights of a checkpoint, outside a training run; ``folder`` is empty."""
+    without_manager()
+    dist_checkpointing.save(state, str(folder))
+
+
+def without_manager() -> None:
+    """Before Megatron writes: its default is a manager process, which outlives a process that is killed hard."""
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.SimpleQueue()

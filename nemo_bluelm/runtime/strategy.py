@@ -1,7 +1,6 @@
 """NeMo's MegatronStrategy with a recipe's layout, and the trainer around it."""
 
 import os
-import queue
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Optional
@@ -10,7 +9,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 
@@ -18,7 +16,7 @@ from nemo_bluelm.config.schema import Dtype, Recipe
 from nemo_bluelm.model.config import TORCH_DTYPE
 from nemo_bluelm.runtime.environment import Launch
 from nemo_bluelm.runtime.partial import joined, split
-from nemo_bluelm.runtime.storage import reading
+from nemo_bluelm.runtime.storage import reading, without_manager
 
 
 class Strategy(nl.MegatronStrategy):
@@ -42,9 +40,8 @@ class Strategy(nl.MegatronStrategy):
         if "optimizer_states" in checkpoint and self.trainer.state.fn == TrainerFn.FITTING:
             checkpoint["optimizer_states"] = {}
             checkpoint["optimizer"] = [self.optimizer_sharded_state_dict()]
-        if not self.async_save and filesystem_async._results_queue is None:
-            # Megatron's default is a manager process, which outlives a rank that is killed hard.
-            filesystem_async._results_queue = queue.SimpleQueue()
+        if not self.async_save:
+            without_manager()
         options = {"content_metadata": self.sharded_state_dict_metadata}
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=options)
 

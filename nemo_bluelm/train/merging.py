@@ -49,10 +49,9 @@ def merge(source: str, out: Path) -> Path:
 
 
 def _merge_into(weights: Path, checkpoint: Path) -> None:
-    from megatron.core import dist_checkpointing
-
     from nemo_bluelm.runtime.single import STATE_PREFIX, load_model, single_process_world
+    from nemo_bluelm.runtime.storage import save_weights
 
     with single_process_world():
         model, _, _ = load_model(checkpoint)
-        dist_checkpointing.save(model.sharded_state_dict(prefix=STATE_PREFIX), str(weights))
+        save_weights(model.sharded_state_dict(prefix=STATE_PREFIX), weights)

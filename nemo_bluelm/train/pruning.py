@@ -72,10 +72,10 @@ def prune(teacher: str, out: Path, recipe: Recipe, packs: int) -> bool:
 def _cut_into(weights: Path, checkpoint: Path, recipe: Recipe, batches: list) -> dict:
     """Write the pruned weights; returns what was kept."""
     import torch
-    from megatron.core import dist_checkpointing
 
     from nemo_bluelm.model.prune import choose, cut, measure
     from nemo_bluelm.runtime.single import STATE_PREFIX, build_model, load_model, single_process_world
+    from nemo_bluelm.runtime.storage import save_weights
 
     with single_process_world():
         model, wide, tokenizer = load_model(checkpoint, local=True)
@@ -88,7 +88,7 @@ def _cut_into(weights: Path, checkpoint: Path, recipe: Recipe, batches: list) ->
         missing = student.load_state_dict(state, strict=False).missing_keys
         assert not any(isinstance(student.state_dict()[name], torch.Tensor) for name in missing), missing
         weights.mkdir()
-        dist_checkpointing.save(student.sharded_state_dict(prefix=STATE_PREFIX), str(weights))
+        save_weights(student.sharded_state_dict(prefix=STATE_PREFIX), weights)
     return {
         "tokens": sum(int(batch.cu_seqlens[-1]) for batch in batches),
         "hidden": kept.hidden.tolist(),
