@@ -3,6 +3,7 @@
 import ast
 import sysconfig
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from nemo_bluelm.errors import UserError
@@ -32,7 +33,7 @@ def long_text(size: int) -> str:
 def _texts() -> Iterator[str]:
     from nemo_bluelm.data import corpus_text
 
-    for sample in corpus_text.samples():
+    for sample in chain(*corpus_text.samples()):
         yield sample.record["text"].strip()
     for file in _files():
         try:
