@@ -66,7 +66,7 @@ def find_recipe(name: str, kind: str | None = None) -> Path:
 
 
 def _nearest(short: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(short, names, n=1, cutoff=0.5)
+    close = [name for name in names if name.startswith(short)] or difflib.get_close_matches(short, names, 1, 0.5)
     if not close:
         leaf = short.rsplit("/", 1)[-1]
         close = [n for n in names if n.rsplit("/", 1)[-1] == leaf]
