@@ -23,8 +23,8 @@ CHECKOUT = Path(__file__).parents[2]
 
 def test_parallel_is_serial(build, corpus, tmp_path):
     calls = []
-    serial = build("[pt]*-train-*.tar", root=corpus, out="serial", workers=1)
-    parallel = build("[pt]*-train-*.tar", root=corpus, out="parallel", workers=2, progress=lambda *call: calls.append(call))
+    serial = build("[pt]*-train*", root=corpus, out="serial", workers=1)
+    parallel = build("[pt]*-train*", root=corpus, out="parallel", workers=2, progress=lambda *call: calls.append(call))
     assert {n: s.digest for n, s in serial.items()} == {n: s.digest for n, s in parallel.items()}
     samples = sum(len(shard) for shard in serial.values())
     assert calls[0] == (0, 4, 0) and calls[-1] == (4, 4, samples)
@@ -45,14 +45,16 @@ def test_two_processes_build_one_index(build, corpus, tmp_path):
         "from nemo_bluelm.geometry import Geometry\n"
         "root, out = sys.argv[1:]\n"
         "tokenizer = Tokenizer.load(f'{root}/tokenizer.json')\n"
-        "index = build_index(['[pt]*-train-*.tar'], out, Geometry(tile=56), tokenizer, root=root)\n"
+        "index = build_index(['[pt]*-train*'], out, Geometry(tile=56), tokenizer, root=root)\n"
         "print(*(shard.digest for shard in index.values()))"
     )
     command = [sys.executable, "-c", program, str(corpus), str(tmp_path / "index")]
     processes = [subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE) for _ in range(3)]
     outputs = {process.communicate()[0] for process in processes}
     assert len(outputs) == 1 and [process.returncode for process in processes] == [0, 0, 0]
-    assert outputs.pop().decode().split() == [s.digest for s in build("[pt]*-train-*.tar", root=corpus, out="alone").values()]
+    assert outputs.pop().decode().split() == [
+        s.digest for s in build("[pt]*-train*", root=corpus, out="alone").values()
+    ]
     assert len(list((tmp_path / "index").glob("*.arrow"))) == 4
 
 
