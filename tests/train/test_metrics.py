@@ -42,7 +42,8 @@ class Run:
 
     def __init__(self, run_dir, steps=10, step=0):
         self.metrics = Metrics(run_dir, "probe", steps, log_every=1)
-        self.module = SimpleNamespace(device=torch.device("cpu"))
+        others = {"divergence": torch.tensor(0.5)}
+        self.module = SimpleNamespace(device=torch.device("cpu"), other_losses=lambda: others)
         self.trainer = SimpleNamespace(
             is_global_zero=True,
             global_step=step,
@@ -91,6 +92,7 @@ def test_a_step_is_reported_after_the_next_and_the_last_at_the_end(world, tmp_pa
                 "tflops": 4.0,
                 "mfu": None,
                 "bad_samples": 3,
+                "divergence": 0.5,
             },
         },
         {
@@ -101,6 +103,7 @@ def test_a_step_is_reported_after_the_next_and_the_last_at_the_end(world, tmp_pa
                 "tflops": 3.0,
                 "mfu": None,
                 "bad_samples": 3,
+                "divergence": 0.5,
             },
         },
     ]
