@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from nemo_bluelm.layers.context import Bounds, Spans, document_order, visible_keys, whole_documents
+from nemo_bluelm.layers.kv_cache import CachedAttention
 
 
 @dataclass
@@ -32,7 +33,7 @@ class PackParams(PackedSeqParams):
     equal_segments: int = 0
 
 
-class PackedAttention(MegatronModule):
+class PackedAttention(CachedAttention, MegatronModule):
     """``core_attention`` of Megatron-Core's ``SelfAttention`` on packs, with any context parallelism around one kernel.
 
     Megatron-Core's ``DotProductAttention`` takes a dense mask and knows neither packs nor context parallelism; this
@@ -84,6 +85,8 @@ class PackedAttention(MegatronModule):
         Returns:
             [t, heads, d] with a pack, [s, b, heads * d] without.
         """
+        if (out := self.cached(query, key, value)) is not None:
+            return out
         if packed_seq_params is None:
             out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), causal=self.causal)
             return out.permute(2, 0, 1, 3).flatten(2)

@@ -1,4 +1,4 @@
-"""KL(teacher || student) on logits that lie in pieces of the vocabulary on tensor-parallel ranks.
+"""Divergence, log-probabilities and entropy on logits that lie in pieces of the vocabulary on tensor-parallel ranks.
 
 No rank ever holds a row's whole logits: maxima, sums of exponentials and the divergence itself are summed over the
 group. All is fp32. Rows are independent, so context parallelism needs nothing.
@@ -63,6 +63,58 @@ def likeliest(logits: Tensor, k: int, temperature: float, group: ProcessGroup) -
         values, places = values.topk(k, dim=1)
         ids = ids.gather(1, places)
     return ids, values
+
+
+def token_log_probabilities(logits: Tensor, labels: Tensor, temperature: float, group: ProcessGroup) -> Tensor:
+    """Log-probability of one token of every row.
+
+    Args:
+        logits: [n, vocabulary / ranks]; left as they are.
+        labels: int64 [n], of the whole vocabulary.
+        group: as for :func:`divergence`.
+
+    Returns:
+        fp32 [n], the same on all ranks.
+    """
+    return _LogProbability.apply(logits, labels, temperature, group)
+
+
+def entropy(logits: Tensor, temperature: float, group: ProcessGroup) -> Tensor:
+    """Entropy of every row in nats, fp32 [n]; arguments as :func:`token_log_probabilities`."""
+    return _Entropy.apply(logits, temperature, group)
+
+
+class _LogProbability(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, temperature: float, group: ProcessGroup) -> Tensor:
+        log_p = _log_softmax(logits, temperature, group)
+        place = labels - group.rank() * log_p.size(1)
+        here = (place >= 0) & (place < log_p.size(1))
+        place = place.where(here, 0).unsqueeze(1)
+        told = _sum(log_p.gather(1, place)[:, 0].where(here, 0), group)
+        # Of log p(label) the gradient is one at the label, less p everywhere.
+        ctx.save_for_backward(log_p.exp_().neg_().scatter_add_(1, place, here.float().unsqueeze(1)))
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return told
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return _gradient(ctx, grad)
+
+
+class _Entropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, temperature: float, group: ProcessGroup) -> Tensor:
+        log_p = _log_softmax(logits, temperature, group)
+        p = log_p.exp()
+        total = -_sum(torch.special.xlogy(p, p).sum(1), group)
+        ctx.save_for_backward(-p * (log_p.clamp(min=torch.finfo(torch.float32).min) + total.unsqueeze(1)))
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return _gradient(ctx, grad)[:3]
 
 
 class _Full(torch.autograd.Function):

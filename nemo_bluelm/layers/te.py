@@ -16,13 +16,14 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from transformer_engine.pytorch.attention.rope import FusedQKVRoPEFunc
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.module.base import get_workspace
 from transformer_engine.pytorch.utils import SplitAlongDim
 
 from nemo_bluelm.layers.attention import PackedAttention, PackParams
 from nemo_bluelm.layers.context import Spans
+from nemo_bluelm.layers.kv_cache import CachedAttention
+from nemo_bluelm.layers.rotary import split_rotary
 
 # Names of FusedMLP's tensors in checkpoints, where Megatron-Core's own MLP has two linear layers.
 CHECKPOINT_NAMES = {
@@ -135,16 +136,15 @@ class RotarySelfAttention(SelfAttention):
         """
         if rotary_pos_emb is None:
             return super().forward(hidden_states, attention_mask, packed_seq_params=packed_seq_params, **options)
-        mixed, sizes = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
-        angles = rotary_pos_emb
-        rows = (x.squeeze(1) for x in FusedQKVRoPEFunc.apply(mixed, angles, angles, sizes, None, "sbhd"))
+        mixed, (query, key, _) = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+        rows = split_rotary(mixed.flatten(0, 1), rotary_pos_emb.flatten(1), query // key)
         out = self.core_attention(
             *rows, attention_mask, attn_mask_type=self.attn_mask_type, packed_seq_params=packed_seq_params
         )
         return self.linear_proj(out.reshape(out.size(0), 1, -1))
 
 
-class TEPackedAttention(TEDotProductAttention):
+class TEPackedAttention(CachedAttention, TEDotProductAttention):
     """Transformer Engine's attention on packs.
 
     - Whether a pack has gaps is not asked, because TE would wait for the GPU to answer. It has none:
@@ -163,6 +163,8 @@ class TEPackedAttention(TEDotProductAttention):
         packed_seq_params: Optional[PackParams] = None,
     ) -> Tensor:
         """As ``TEDotProductAttention.forward``."""
+        if (out := self.cached(query, key, value)) is not None:
+            return out
         if packed_seq_params is None:
             return super().forward(query, key, value, attention_mask, attn_mask_type)
         bounds, longest = packed_seq_params.cu_seqlens_q_padded, packed_seq_params.max_seqlen_q

@@ -103,7 +103,7 @@ class BlueLMModel(MegatronModule):
         Returns:
             [S, 1, hidden]; every tensor-parallel rank has the whole row.
         """
-        embedded = self.language.embedding(input_ids=tokens, position_ids=position_ids)
+        embedded = self.language.embed(tokens, position_ids)
         count = tiles.size(0) if shares is None else sum(map(len, shares))
         if count == 0:
             return embedded + self._anchor().to(embedded)

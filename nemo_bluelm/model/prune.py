@@ -18,10 +18,12 @@ from nemo_bluelm.data.packs import PackedBatch
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.model.bluelm import BlueLMModel
 
-# Must be equal in both models; kv_channels because RoPE turns channels of a head at frequencies of their own.
+# Must be equal in both models; kv_channels and rotary_base because RoPE turns channels of a head at frequencies of
+# their own.
 _EQUAL = (
     *("vision", "geometry.tile", "geometry.patch", "geometry.merge"),
     *("language.num_layers", "language.kv_channels", "language.vocab_size"),
+    *("language.rotary_base", "language.layernorm_epsilon"),
 )
 _NARROWER = ("language.hidden_size", "language.ffn_hidden_size", "language.num_attention_heads")
 

@@ -11,7 +11,7 @@ from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.config.schema import Dtype, ParallelConfig, PrecisionConfig
 from nemo_bluelm.runtime.environment import prepare
 from nemo_bluelm.runtime.run_dir import read_metrics
-from nemo_bluelm.train.run import open_data
+from nemo_bluelm.train.packs import open_packs
 from tests.runtime.processes import TRAIN, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -47,7 +47,7 @@ def test_te_spec_in_bf16_equals_local_spec_in_fp32(gpu_corpus):
     from nemo_bluelm.runtime.single import single_process_world
 
     recipe = load_recipe("tiny/sft", [f"data.root={gpu_corpus}"])
-    loader = open_data(recipe)
+    loader = open_packs(recipe)
     packs = (loader.load(pack).batch for pack in islice(loader.plan, 50))
     pack = next(pack for pack in packs if len(pack.tiles) > 8)
     with single_process_world():
@@ -60,6 +60,41 @@ def test_te_spec_in_bf16_equals_local_spec_in_fp32(gpu_corpus):
     worst = max(float((grads[k] - g).norm() / g.norm().clamp(min=1e-6)) for k, g in expected.items())
     print(f"loss {loss:.5f} against {reference:.5f}; worst relative gradient error {worst:.4f}")
     assert worst < 0.08
+
+
+def test_accumulated_gradients_are_the_usual_ones(gpu_corpus):
+    """Products and the embedding that add to ``main_grad`` by themselves, over two micro-batches."""
+    pytest.importorskip("transformer_engine")
+    prepare()
+    from nemo_bluelm.model import bluelm, config, init
+    from nemo_bluelm.runtime.single import single_process_world
+
+    recipe = load_recipe("tiny/sft", [f"data.root={gpu_corpus}"])
+    loader = open_packs(recipe)
+    packs = [loader.load(pack).batch for pack in islice(loader.plan, 2)]
+
+    def gradients(accumulated: bool) -> dict[str, torch.Tensor]:
+        shape = config.language_transformer_config(recipe.model.language, ParallelConfig(), PrecisionConfig(Dtype.bf16))
+        shape = replace(shape, gradient_accumulation_fusion=accumulated)
+        model = bluelm.BlueLMModel(shape, recipe.model, 6, recipe.data.sequence_length)
+        init.initialize(model, recipe.model.language, seed=1)
+        weights = dict(model.named_parameters())
+        for weight in weights.values():
+            weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight, dtype=torch.float32), False
+        for pack in packs:
+            pack = pack.to("cuda")
+            (model(pack, labels=pack.labels) * pack.loss_mask).sum().backward()
+            for weight in weights.values():  # as Megatron's hook
+                if not weight.grad_added_to_main_grad or getattr(weight, "zero_out_wgrad", False):
+                    weight.main_grad += weight.grad
+                weight.grad, weight.grad_added_to_main_grad = None, False
+        return {name: weight.main_grad for name, weight in weights.items()}
+
+    with single_process_world():
+        ours, usual = gradients(True), gradients(False)
+    worst = max(float((ours[name] - grad).norm() / grad.norm().clamp(min=1e-6)) for name, grad in usual.items())
+    print(f"worst relative difference {worst:.5f}")
+    assert worst < 0.01
 
 
 def test_parameters_are_counted_without_memory():

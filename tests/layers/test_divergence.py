@@ -47,8 +47,24 @@ def test_whole_rows_as_the_dense_divergence():
 
 def test_pieces_on_two_ranks_as_the_dense_divergence(tmp_path):
     torch.save(cases(), tmp_path / "cases.pt")
-    torchrun(2, WORKER, tmp_path / "cases.pt", tmp_path)
+    torchrun(2, WORKER, tmp_path / "cases.pt", tmp_path, "tensor")
     check([torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)])
+
+
+@pytest.mark.slow
+def test_rows_on_two_ranks_as_the_dense_divergence(tmp_path):
+    """Context parallelism: each rank has some rows of a document, and the whole vocabulary."""
+    from nemo_bluelm.layers.context import context_indices
+
+    of_eight_rows = [(*(x[:8] for x in case[:3]), *case[3:]) for case in cases()]
+    torch.save(of_eight_rows, tmp_path / "cases.pt")
+    torchrun(2, WORKER, tmp_path / "cases.pt", tmp_path, "context")
+    for rank in range(2):
+        mine = context_indices((0, 8), 2, rank)
+        for found, case in zip(torch.load(tmp_path / f"rank{rank}.pt"), of_eight_rows):
+            rows, grad = dense(*case)
+            assert_close(found[0], rows[mine], case)
+            assert_close(found[1], grad[mine], case)
 
 
 def check(ranks):

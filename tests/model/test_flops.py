@@ -9,19 +9,24 @@ from megatron_world import IMAGE, make_pack, random_tiles, random_tokens, small_
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_bluelm.config.schema import ModelConfig, Part
+from nemo_bluelm.config.schema import LoraConfig, LoraModule, ModelConfig, Part
 from nemo_bluelm.model.flops import Flops, pack_flops, peak_flops
+from nemo_bluelm.model.lora import add_lora
 
 FROZEN = list(chain.from_iterable(combinations(Part, n) for n in range(3)))
 
 
-def counted(config: ModelConfig, documents: list[list[int]], tiles: torch.Tensor, frozen=()) -> dict[str, int]:
+def counted(
+    config: ModelConfig, documents: list[list[int]], tiles: torch.Tensor, frozen=(), lora=None
+) -> dict[str, int]:
     """FLOPs of one forward and backward as ``FlopCounterMode`` sees them, by kind of operation.
 
     Attention runs as plain matrix products, so that each is counted once. A mask takes nothing off: causal attention
     is counted as if it were full, twice what ``pack_flops`` says.
     """
     model = whole_model(config)
+    if lora:
+        add_lora(model.language, lora)
     randomize(model, 0)
     model.freeze(list(frozen))
     pack = make_pack(documents, tiles)
@@ -40,7 +45,7 @@ def by_arithmetic(flops: Flops) -> dict[str, int]:
     return {
         "patches": flops.vision_patches,
         "attention": flops.vision_attention + 2 * flops.attention,
-        "linear": flops.vision_linear + flops.projector + flops.linear + flops.output,
+        "linear": flops.vision_linear + flops.projector + flops.linear + flops.adapters + flops.output,
     }
 
 
@@ -52,6 +57,17 @@ def test_mixed_pack_with_frozen_parts(frozen):
     documents = [image, random_tokens(40, 96, 1), random_tokens(16, 96, 2)]
     found = counted(config, documents, random_tiles(3, 42, 0), frozen)
     assert found == by_arithmetic(pack_flops(config, [36, 40, 16], 3, frozen))
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("frozen", [(), (Part.vision,), (Part.vision, Part.projector)], ids=len)
+@pytest.mark.parametrize("modules", [list(LoraModule), *([module] for module in LoraModule)], ids=lambda m: m[-1].value)
+def test_lora(modules, frozen):
+    """No weight beside an adapter has a gradient, and nothing below the first trained one."""
+    config, lora = small_config(tile=42), LoraConfig(rank=3, modules=modules)
+    documents = [[IMAGE] * (4 * 3) + random_tokens(24, 96, 0), random_tokens(40, 96, 1)]
+    found = counted(config, documents, random_tiles(3, 42, 0), frozen, lora)
+    assert found == by_arithmetic(pack_flops(config, [36, 40], 3, frozen, lora))
 
 
 @pytest.mark.usefixtures("world")

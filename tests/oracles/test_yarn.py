@@ -28,12 +28,15 @@ pytestmark = pytest.mark.usefixtures("world")
 @pytest.mark.parametrize(
     "yarn",
     [
-        YarnConfig(factor=8),
+        YarnConfig(factor=2.0),
+        YarnConfig(factor=4.0),
+        YarnConfig(factor=8.0),
+        YarnConfig(factor=16.0),
         YarnConfig(factor=2.5, original_max_position_embeddings=64),
         YarnConfig(factor=8, beta_fast=16, beta_slow=2),
         YarnConfig(factor=16, mscale=0.7, mscale_all_dim=0.3),
     ],
-    ids=["4K to 32K", "64 to 160", "other betas", "other scale"],
+    ids=["4K to 8K", "4K to 16K", "4K to 32K", "4K to 64K", "64 to 160", "other betas", "other scale"],
 )
 def test_frequencies_and_scale(yarn, head, base):
     model = language_model(small_config(yarn=yarn, kv_channels=head, rotary_base=base, num_layers=1))
@@ -68,6 +71,10 @@ def test_logits(original, head, lengths):
         logits = run_language(model, pack)[0]
         for rows, document in zip(document_rows(pack), documents):
             assert_near(logits[rows], oracle(torch.tensor([document])).logits[0], 1e-5)
+        for layer in model.decoder.layers:  # were the attention scale lost in packs, it would show
+            layer.self_attention.core_attention.softmax_scale = head**-0.5
+        without = run_language(model, pack)[0]
+    assert (without - logits).abs().max() > 0.1 * logits.abs().max()
 
 
 def test_factor_one_is_plain_rope():
