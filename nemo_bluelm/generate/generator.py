@@ -1,54 +1,30 @@
-"""Answers from a checkpoint: greedy decoding of many prompts with images at once."""
+"""Replies from a checkpoint: many prompts with images at once, several samples of each, thoughts within a budget."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import torch
-from torch import Tensor
 
 from nemo_bluelm.config.schema import ControlToken, geometry_of
-from nemo_bluelm.data.chat import Encoded, Message, encode_prompt
+from nemo_bluelm.data.chat import encode_prompt
 from nemo_bluelm.data.decode import load_tiles
-from nemo_bluelm.data.packs import collate
 from nemo_bluelm.data.tokenizer import Tokenizer
+from nemo_bluelm.generate.decoder import Decoder
+from nemo_bluelm.generate.request import Piece, Prompt, Reply, Sampling, TokenPrompt
+from nemo_bluelm.generate.sampling import draw
+from nemo_bluelm.generate.writer import Writer
 from nemo_bluelm.geometry import Geometry
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """A conversation that ends with the user's turn, and the bytes of its image files in order."""
-
-    messages: Sequence[Message]
-    images: Sequence[bytes] = ()
-    think: bool = False
+_WORTH_IT = 0.75  # sequences that have ended are left out once no more than this share goes on
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What the model wrote. ``thought`` is None without a think block; ``finished``: well-formed, ended by itself."""
-
-    thought: Optional[str]
-    answer: str
-    finished: bool
-
-    @classmethod
-    def parse(cls, tokens: list[int], tokenizer: Tokenizer) -> "Reply":
-        """Split new tokens at ``<think>``, ``</think>`` and ``</s>``; an unclosed thought leaves no answer."""
-        finished = tokens[-1:] == [tokenizer.eos]
-        body = tokens[:-1] if finished else tokens
-        if body[:1] != [tokenizer.think]:
-            return cls(None, tokenizer.decode(body), finished)
-        if tokenizer.think_end not in body:
-            return cls(tokenizer.decode(body[1:]), "", False)
-        end = body.index(tokenizer.think_end)
-        return cls(tokenizer.decode(body[1:end]), tokenizer.decode(body[end + 1 :]), finished)
+def _none(index: int) -> bool:
+    return False
 
 
 class Generator:
-    """A model with its tokenizer and image geometry. Make one with :func:`open_generator`."""
+    """A model with its tokenizer and image geometry, for one call at a time. Make one with :func:`open_generator`."""
 
     def __init__(
         self,
@@ -60,51 +36,92 @@ class Generator:
         self.model, self.tokenizer, self.geometry = model, tokenizer, geometry
         self.control_token = control_token
 
-    @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Reply]:
-        """Greedy replies; unfinished prompts share one pack, so no prompt pads another.
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
+        """Replies to all prompts, the samples of each one after another.
 
+        Raises:
+            UserError: as :meth:`stream`.
+        """
+        replies: dict[int, Reply] = {p.index: p.reply for p in self.stream(prompts, sampling) if p.reply is not None}
+        return [replies[index] for index in range(len(replies))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, dropped: Callable[[int], bool] = _none
+    ) -> Iterator[Piece]:
+        """The replies' text as it comes; those of a batch take turns. Closing the iterator frees the caches.
+
+        Args:
+            dropped: asked before each further token whether nobody wants the reply of that :attr:`Piece.index` any
+                more; then it leaves the batch without a last piece, and the others go on. All ranks of a split model
+                must say the same.
+
+        Raises:
+            UserError: messages and images that don't go together, an image that can't be decoded, or no room for a
+                thought in ``max_new_tokens``.
+        """
+        yield from self.stream_tokens([self.encode(prompt) for prompt in prompts], sampling, dropped)
+
+    def stream_tokens(
+        self, prompts: Sequence[TokenPrompt], sampling: Sampling, dropped: Callable[[int], bool] = _none
+    ) -> Iterator[Piece]:
+        """As :meth:`stream`."""
+        if not prompts:
+            return
+        writers = [
+            Writer(
+                *(prompt.think, sampling, self.tokenizer, prompt.tokens, place * sampling.samples + sample),
+                (place if prompt.number is None else prompt.number) * sampling.samples + sample,
+            )
+            for place, prompt in enumerate(prompts)
+            for sample in range(sampling.samples)
+        ]
+        if not sampling.max_new_tokens:
+            yield from (Piece(writer.index, "", False, writer.reply()) for writer in writers)
+            return
+        decoder = Decoder(self.model, self.tokenizer.pad)
+        try:
+            tokens, tiles = [prompt.tokens for prompt in prompts], [prompt.tiles for prompt in prompts]
+            logits = decoder.prefill(tokens, tiles, sampling.samples, sampling.max_new_tokens)
+            rows = writers  # the sequences that the decoder has
+            while True:
+                # Further rows of the vocabulary only pad the embedding.
+                tokens, logprobs = draw(logits[:, : self.tokenizer.vocab_size], sampling, rows)
+                for writer, token, logprob in zip(rows, tokens, logprobs):
+                    if not writer.ended:
+                        text, thinking = writer.add(token, logprob)
+                        if text or writer.ended:
+                            yield Piece(writer.index, text, thinking, writer.reply() if writer.ended else None)
+                wanted = [row for row, writer in enumerate(rows) if not writer.ended]
+                going = [row for row in wanted if not dropped(rows[row].index)]
+                if not going:
+                    return
+                if len(going) < len(wanted) or len(going) <= _WORTH_IT * len(rows):
+                    decoder.keep(going)
+                    rows, tokens = [rows[row] for row in going], [tokens[row] for row in going]
+                logits = decoder.step(tokens)
+        finally:
+            decoder.close()
+
+    def encode(self, prompt: Prompt) -> TokenPrompt:
+        """
         Raises:
             UserError: messages and images that don't go together, or an image that can't be decoded.
         """
-        if not prompts:
-            return []
-        sequences, tiles = zip(*(self._encode(prompt) for prompt in prompts))
-        written: list[list[int]] = [[] for _ in prompts]
-        for _ in range(max_new_tokens):
-            open_rows = [i for i, new in enumerate(written) if new[-1:] != [self.tokenizer.eos]]
-            if not open_rows:
-                break
-            logits = self._last_logits([sequences[i] + written[i] for i in open_rows], [tiles[i] for i in open_rows])
-            for i, token in zip(open_rows, logits.argmax(-1).tolist()):
-                written[i].append(token)
-        return [Reply.parse(new, self.tokenizer) for new in written]
-
-    def _encode(self, prompt: Prompt) -> tuple[list[int], Tensor]:
         side = self.geometry.tile
         tiles = [load_tiles(data, self.geometry, f"image {i + 1}") for i, data in enumerate(prompt.images)]
         counts = [len(image) * self.geometry.tokens_per_tile for image in tiles]
-        tokens = encode_prompt(prompt.messages, self.tokenizer, counts, prompt.think, self.control_token)
-        return tokens, torch.cat([torch.empty(0, 3, side, side, dtype=torch.uint8), *tiles])
-
-    def _last_logits(self, sequences: list[list[int]], tiles: list[Tensor]) -> Tensor:
-        """[sequences, vocabulary] logits after the last token of each; the placeholder of visual tokens is ruled out.
-
-        Written by the model, it would claim a visual token of an image further on in the pack.
-        """
-        documents = [Encoded(tokens, [False] * len(tokens)) for tokens in sequences]
-        length = sum(len(tokens) for tokens in sequences)
-        pack = collate(documents, torch.cat(tiles), length, alignment=1, pad=self.tokenizer.pad)
-        pack = pack.to(next(self.model.parameters()).device)
-        logits = self.model(pack)[0, pack.cu_seqlens[1:].long() - 1]
-        logits = logits[:, : self.tokenizer.vocab_size]  # rows beyond it only pad the embedding
-        logits[:, self.tokenizer.image] = -torch.inf
-        return logits
+        tokens = encode_prompt(prompt.messages, self.tokenizer, counts, bool(prompt.think), self.control_token)
+        pixels = torch.cat([torch.empty(0, 3, side, side, dtype=torch.uint8), *tiles])
+        return TokenPrompt(tokens, pixels, prompt.think)
 
 
 @contextmanager
-def open_generator(checkpoint: Path) -> Iterator[Generator]:
-    """A generator on a checkpoint's weights, in a world of this process alone.
+def open_generator(checkpoint: Path, tensor: int = 1) -> Iterator[Generator]:
+    """A generator on the weights of a checkpoint that any layout has written.
+
+    Args:
+        tensor: processes that the model is split over, which torchrun has started; they all make the same calls and
+            get the same replies.
 
     Raises:
         UserError: the folder is not a complete checkpoint.
@@ -112,8 +129,8 @@ def open_generator(checkpoint: Path) -> Iterator[Generator]:
     from nemo_bluelm.runtime.environment import prepare
 
     prepare()
-    from nemo_bluelm.runtime.single import load_model, single_process_world
+    from nemo_bluelm.runtime.single import load_model, single_process_world, tensor_parallel_world
 
-    with single_process_world():
+    with single_process_world() if tensor == 1 else tensor_parallel_world(tensor):
         model, recipe, tokenizer = load_model(checkpoint)
         yield Generator(model, tokenizer, geometry_of(recipe.model), recipe.data.chat.control_token)

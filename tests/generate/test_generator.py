@@ -1,79 +1,21 @@
 """Greedy generation: a batch of unequal prompts gets what each prompt gets alone, and it stops where it should."""
 
-import io
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hf_weights import randomize
 from megatron_world import make_pack, small_config, whole_model
-from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_bluelm.config.schema import geometry_of
 from nemo_bluelm.data.chat import encode_prompt
 from nemo_bluelm.data.decode import load_tiles
-from nemo_bluelm.data.tokenizer import Tokenizer, train_tokenizer
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.generate.generator import Generator, Prompt, Reply
-from nemo_bluelm.geometry import Geometry
-
-VOCABULARY = 320
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    train_tokenizer(["what is seven of nine? describe the picture"], 300, path)
-    return Tokenizer.load(path)
-
-
-def picture(width, height, seed):
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def ask(text, *images, think=False):
-    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
-    return Prompt([{"role": "user", "content": content}], images, think)
-
-
-PROMPTS = [
-    ask("seven?"),
-    ask("describe the picture", picture(56, 56, 1)),
-    ask("what is seven of nine? and what is nine of seven?", think=True),
-    ask("both?", picture(120, 40, 2), picture(30, 30, 3)),
-    Prompt(
-        [
-            {"role": "user", "content": [{"type": "text", "text": "look"}, {"type": "image"}]},
-            {"role": "assistant", "content": "seven", "thinking": "of"},
-            {"role": "user", "content": "nine?"},
-        ],
-        [picture(50, 100, 4)],
-    ),
-]
-
-
-class Scripted(torch.nn.Module):
-    """In a model's place: says ``script[n]`` after n new tokens, told apart by the first text token of a prompt."""
-
-    def __init__(self, scripts, starts):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.scripts, self.starts, self.rows = scripts, starts, []
-
-    def forward(self, pack):
-        logits = torch.zeros(1, pack.tokens.size(1), VOCABULARY)
-        logits[..., -1] = 5.0  # beyond the tokenizer: rows that only pad the embedding
-        self.rows.append([])
-        for start, end in zip(pack.cu_seqlens.tolist(), pack.cu_seqlens.tolist()[1:]):
-            tokens = pack.tokens[0, start:end].tolist()
-            prompt = next(i for i, known in enumerate(self.starts) if tokens[: len(known)] == known)
-            new = len(tokens) - len(self.starts[prompt])
-            logits[0, end - 1, self.scripts[prompt][new]] = 1.0
-            self.rows[-1].append(prompt)
-        return logits
+from nemo_bluelm.generate.decoder import Decoder
+from nemo_bluelm.generate.generator import Generator
+from nemo_bluelm.generate.request import Prompt, Reply, Sampling
+from tests.generate.prompts import PROMPTS, VOCABULARY, ask, picture
 
 
 @pytest.fixture
@@ -82,6 +24,13 @@ def generator(world, tokenizer):
     config = small_config(vocab_size=VOCABULARY, share_embeddings_and_output_weights=False)
     model = randomize(whole_model(config, image_token_id=tokenizer.image), seed=1)
     return Generator(model, tokenizer, geometry_of(config))
+
+
+FREE = Sampling(12, enforce=False)
+
+
+def said(replies):
+    return [(reply.thought, reply.answer, reply.finished) for reply in replies]
 
 
 def alone(generator, prompt, count):
@@ -101,24 +50,24 @@ def alone(generator, prompt, count):
         refused += int(scores.argmax()) == generator.tokenizer.image
         scores[generator.tokenizer.image] = -torch.inf
         new.append(int(scores.argmax()))
-    return Reply.parse(new, generator.tokenizer), refused
+    return said([Reply.parse(new, generator.tokenizer)])[0], refused
 
 
 def test_a_batch_gets_what_each_prompt_gets_alone(generator):
-    replies = generator.generate(PROMPTS, max_new_tokens=12)
-    assert replies == [alone(generator, prompt, 12)[0] for prompt in PROMPTS]
-    assert replies == [generator.generate([prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
+    replies = generator.generate(PROMPTS, FREE)
+    assert said(replies) == [alone(generator, prompt, 12)[0] for prompt in PROMPTS]
+    assert said(replies) == said(generator.generate([prompt], FREE)[0] for prompt in PROMPTS)
     assert len({reply.answer for reply in replies}) == len(replies)
 
 
 def test_the_picture_decides(generator):
     prompts = [ask("describe the picture", picture(56, 56, seed)) for seed in (1, 5)]
-    one, other = generator.generate(prompts, max_new_tokens=12)
+    one, other = generator.generate(prompts, FREE)
     assert one != other
 
 
 def test_no_new_tokens(generator):
-    assert generator.generate(PROMPTS[:2], max_new_tokens=0) == [Reply(None, "", False)] * 2
+    assert said(generator.generate(PROMPTS[:2], Sampling(0))) == [(None, "", False)] * 2
 
 
 def test_the_placeholder_is_never_written(generator, tokenizer):
@@ -127,49 +76,81 @@ def test_the_placeholder_is_never_written(generator, tokenizer):
         generator.model.language.output_layer.weight[tokenizer.image] *= 50
     expected, refused = zip(*(alone(generator, prompt, 6) for prompt in PROMPTS))
     assert sum(refused) > 5
-    assert generator.generate(PROMPTS, 6) == list(expected)
+    assert said(generator.generate(PROMPTS, replace(FREE, max_new_tokens=6))) == list(expected)
+
+
+class DeviceOnly(TorchDispatchMode):
+    """Refuses what a CUDA graph can't hold: values that the host reads or brings, and shapes that depend on values."""
+
+    HOST = {"_local_scalar_dense", "lift_fresh", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        boolean = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert name not in self.HOST and not boolean, func
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_could_be_a_cuda_graph(generator, monkeypatch):
+    """It does the same to the same buffers, whatever they hold; only their width changes, every 64 tokens."""
+    sampling, widths = replace(FREE, max_new_tokens=80, min_new_tokens=80), []
+    expected = generator.generate(PROMPTS, sampling)  # also makes RoPE's table, which stays
+    step, buffers = Decoder._step, torch.zeros(2, len(PROMPTS), dtype=torch.int64)
+
+    def on_buffers(self, tokens, positions, width):
+        buffers.copy_(torch.stack((tokens, positions)))
+        widths.append(width)
+        with DeviceOnly():
+            return step(self, *buffers, width)
+
+    monkeypatch.setattr(Decoder, "_step", on_buffers)
+    assert generator.generate(PROMPTS, sampling) == expected
+    assert len(widths) == 79 and len(set(widths)) <= 3
+
+
+def test_a_dropped_reply_leaves_the_batch(generator, monkeypatch):
+    """At the next token; what the others say stays, whoever leaves, and the last to be wanted ends the stream."""
+    sampling = replace(FREE, max_new_tokens=30, min_new_tokens=30, temperature=1.0, samples=2)
+    whole = {reply: index for index, reply in enumerate(generator.generate(PROMPTS, sampling))}
+    sizes, step = [], Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, tokens: sizes.append(len(tokens)) or step(self, tokens))
+    written = dict.fromkeys(whole.values(), 0)
+    leaves = {0: 1, 1: 1, 7: 4, 3: 8}  # reply: after so many pieces
+
+    def dropped(index):
+        return written[index] >= leaves.get(index, 99)
+
+    replies = {}
+    for piece in generator.stream(PROMPTS, sampling, dropped):
+        written[piece.index] += 1
+        if piece.reply is not None:
+            replies[piece.reply] = piece.index
+    assert set(replies.values()) == set(whole.values()) - set(leaves)
+    assert all(written[index] == pieces for index, pieces in leaves.items())
+    assert list(dict.fromkeys(sizes)) == [8, 7, 6]
+    for reply, index in replies.items():
+        expected = next(other for other, at in whole.items() if at == index)
+        assert reply.tokens == expected.tokens
+        assert reply.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+    assert not list(generator.stream(PROMPTS, sampling, lambda index: True))[len(whole) :]
 
 
 def test_training_goes_on_after_generation(generator):
     """What generation leaves in caches must not be barred from autograd."""
-    generator.generate(PROMPTS[:1], max_new_tokens=1)
+    generator.generate(PROMPTS[:1], Sampling(1))
     length = len(encode_prompt(PROMPTS[0].messages, generator.tokenizer, [], False))
     pack = make_pack([list(range(20, 20 + length))], torch.empty(0, 3, 56, 56, dtype=torch.uint8), alignment=1)
     generator.model(pack, pack.labels).sum().backward()
     assert all(parameter.grad is not None for parameter in generator.model.parameters())
 
 
-@pytest.fixture
-def scripted(tokenizer):
-    """A generator whose model speaks by the book, and the prompts that it knows."""
-    t = tokenizer
-    prompts = [ask(text) for text in ("what", "is", "nine")]
-    starts = [encode_prompt(p.messages, t, [], False) for p in prompts]
-    seven, of = t.encode("s")[0], t.encode("o")[0]
-    scripts = [[seven, t.eos], [t.think, of, t.think_end, seven, t.eos], [of] * 9]
-    return Generator(Scripted(scripts, starts), tokenizer, Geometry(tile=56)), prompts
-
-
-def test_each_prompt_stops_at_its_own_end(scripted):
-    generator, prompts = scripted
-    replies = generator.generate(prompts, max_new_tokens=6)
-    assert replies == [Reply(None, "s", True), Reply("o", "s", True), Reply(None, "oooooo", False)]
-    assert generator.model.rows == [[0, 1, 2]] * 2 + [[1, 2]] * 3 + [[2]]
-
-
-def test_it_stops_when_all_have_ended(scripted):
-    generator, prompts = scripted
-    generator.generate(prompts[:2], max_new_tokens=50)
-    assert len(generator.model.rows) == 5
-
-
 @pytest.mark.parametrize("images", [(), (picture(8, 8, 1),) * 2])
-def test_images_and_placeholders_must_agree(scripted, images):
+def test_images_and_placeholders_must_agree(generator, images):
     message = {"role": "user", "content": [{"type": "image"}]}
     with pytest.raises(UserError, match="1 image parts but"):
-        scripted[0].generate([Prompt([message], images)], max_new_tokens=1)
+        generator.generate([Prompt([message], images)], Sampling(1))
 
 
-def test_a_broken_image_is_named(scripted):
+def test_a_broken_image_is_named(generator):
     with pytest.raises(UserError, match="image 2"):
-        scripted[0].generate([ask("what", picture(8, 8, 1), b"nothing")], max_new_tokens=1)
+        generator.generate([ask("what", picture(8, 8, 1), b"nothing")], Sampling(1))

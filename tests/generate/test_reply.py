@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_bluelm.data.tokenizer import Tokenizer, train_tokenizer
-from nemo_bluelm.generate.generator import Reply
+from nemo_bluelm.generate.request import Reply
 
 
 @pytest.fixture(scope="module")
