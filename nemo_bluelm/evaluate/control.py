@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from nemo_bluelm.data.records import Record
-from nemo_bluelm.generate.generator import Generator, Prompt, Reply
+from nemo_bluelm.generate.generator import Generator
+from nemo_bluelm.generate.request import Prompt, Reply, Sampling
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,8 @@ def control_obedience(
         UserError: messages and images that don't go together, or an image that can't be decoded.
         ValueError: no question.
     """
-    if not questions:
-        raise ValueError("there is no question")
     return {
-        name: _mode(generator, questions, think, max_new_tokens, prompts_at_once)
+        name: ask(generator, questions, think, max_new_tokens, prompts_at_once)
         for name, think in (("think", True), ("direct", False))
     }
 
@@ -56,12 +55,22 @@ def as_rows(modes: dict[str, Mode]) -> dict[str, dict]:
     return {name: asdict(mode) for name, mode in modes.items()}
 
 
-def _mode(generator: Generator, questions: Sequence, think: bool, max_new_tokens: int, at_once: int) -> Mode:
+def ask(
+    generator: Generator,
+    questions: Sequence[tuple[Record, Sequence[bytes]]],
+    think: bool,
+    max_new_tokens: int = 96,
+    prompts_at_once: int = 128,
+) -> Mode:
+    """Every question in one mode; arguments and errors as :func:`control_obedience`."""
+    if not questions:
+        raise ValueError("there is no question")
     prompts = [Prompt(record.messages[:-1], images, think) for record, images in questions]
     expected = [_text(record.messages[-1]["content"]) for record, _ in questions]
     replies: list[Reply] = []
-    for at in range(0, len(prompts), at_once):
-        replies += generator.generate(prompts[at : at + at_once], max_new_tokens)
+    free = Sampling(max_new_tokens, enforce=False)  # what the model does by itself is what is asked
+    for at in range(0, len(prompts), prompts_at_once):
+        replies += generator.generate(prompts[at : at + prompts_at_once], free)
     count = len(replies)
     return Mode(
         obeyed=sum((reply.thought is not None and reply.finished) == think for reply in replies) / count

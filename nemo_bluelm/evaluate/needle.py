@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from random import Random
 
 from nemo_bluelm.data.needle import Haystack
-from nemo_bluelm.generate.generator import Generator, Prompt
+from nemo_bluelm.generate.generator import Generator
+from nemo_bluelm.generate.request import Prompt, Sampling
 
 MAX_NEW_TOKENS = 12  # the longest number takes fewer
 
@@ -57,7 +58,7 @@ def needle_retrieval(
             right = 0
             for some in _batches(documents, max(1, tokens_at_once // length)):
                 prompts = [Prompt(messages[:-1]) for messages, _ in some]
-                replies = generator.generate(prompts, MAX_NEW_TOKENS)
+                replies = generator.generate(prompts, Sampling(MAX_NEW_TOKENS, enforce=False))
                 right += sum(reply.answer == number for reply, (_, number) in zip(replies, some))
             cells.append(Cell(length, depth, right / count, count))
     return cells

@@ -10,7 +10,7 @@ from nemo_bluelm.data.records import Record, read_records
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.evaluate.control import as_rows, control_obedience
 from nemo_bluelm.evaluate.needle import found_by_length, needle_retrieval
-from nemo_bluelm.generate.generator import Reply
+from nemo_bluelm.generate.request import Reply
 
 
 class NearSighted:

@@ -1,0 +1,1 @@
+"""Lets other projects' evaluation harnesses drive our model."""
