@@ -1,0 +1,1 @@
+"""Weights between our checkpoints and Hugging Face's layout: one table, used in both directions."""

@@ -1,0 +1,1 @@
+"""Files that ``export vllm`` puts into a folder; they stand alone and import nothing of this package."""
