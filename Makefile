@@ -10,8 +10,9 @@ PYTEST_ARGS ?=
 quickstart: $(STAMP)
 	$(BIN)/nemo-bluelm quickstart
 
+# Two files at a time, each on one core: most tests are too small for more threads.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

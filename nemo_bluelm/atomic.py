@@ -1,11 +1,14 @@
-"""Files that are there whole or not at all. Standard library only."""
+"""Files and folders that are there whole or not at all."""
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-PARTIAL = ".partial"  # ends the names of files that are being written, or were when their process was killed
+from nemo_bluelm.errors import UserError
+
+PARTIAL = ".partial"  # ends the names of what is being written, or was when its process was killed
 
 
 @contextlib.contextmanager
@@ -23,3 +26,25 @@ def write_atomically(path: Path, content: bytes) -> None:
     with partial_file(path) as partial:
         partial.write_bytes(content)
         os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Where to make what will be the folder ``path``: a place of this process's own, cleared if it wasn't renamed.
+
+    Raises:
+        UserError: ``path`` exists and isn't an empty folder; it or what it will hold can't be written.
+    """
+    whole = path.resolve()
+    partial = whole.parent / f".{whole.name}.{os.getpid()}{PARTIAL}"
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not an empty folder; remove it or choose another")
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that had this number and was killed
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, whole)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}; choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

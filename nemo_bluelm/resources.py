@@ -6,6 +6,7 @@ from pathlib import Path
 from nemo_bluelm.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
+_FOLDERS = {"curate": "curate", "ablations": "ablation"}  # of recipes that aren't training runs, with their kind
 
 
 def _folder(name: str) -> Path:
@@ -30,7 +31,7 @@ def packaged_recipes(kind: str | None = None) -> list[str]:
 
     Args:
         kind: None for training runs, as ``train`` and ``plan`` take them; ``pipeline`` for chains of them, which
-            ``train`` takes too; ``curate`` for ``data curate``.
+            ``train`` takes too; ``ablation`` for ``ablate``; ``curate`` for ``data curate``.
     """
     root = recipes_dir()
     names = sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
@@ -38,8 +39,9 @@ def packaged_recipes(kind: str | None = None) -> list[str]:
 
 
 def _kind(name: str) -> str | None:
-    if name.startswith("curate/"):
-        return "curate"
+    folder = name.partition("/")[0]
+    if folder in _FOLDERS:
+        return _FOLDERS[folder]
     return "pipeline" if name.rsplit("/", 1)[-1] == "pipeline" else None
 
 

@@ -91,3 +91,9 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus") / "corpus"
     make_corpus(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: of two that are run at a time none should begin when all others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

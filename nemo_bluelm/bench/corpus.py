@@ -6,14 +6,12 @@
 - ``tokenizer.json``: trained on the texts.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from nemo_bluelm.atomic import new_folder
 from nemo_bluelm.data.tokenizer import Tokenizer, train_tokenizer
 from nemo_bluelm.data.writer import RawSample, question_record, write_split
 from nemo_bluelm.errors import UserError
@@ -54,21 +52,15 @@ def make_corpus(
     Raises:
         UserError: ``out`` exists and isn't an empty folder, or can't be written; a package that ships data is missing.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; remove it or choose another")
-    try:
-        from nemo_bluelm.bench.images import make_images
-        from nemo_bluelm.bench.text import long_text
+    with new_folder(Path(out)) as partial:
+        try:
+            from nemo_bluelm.bench.images import make_images
+            from nemo_bluelm.bench.text import long_text
 
-        text = long_text(text_tokens * _BYTES_PER_TOKEN)
-        photos = make_images(images, seed)
-    except ImportError as error:
-        raise UserError(f"the corpus needs {error.name}; pip install scikit-learn scikit-image") from error
-    partial: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+            text = long_text(text_tokens * _BYTES_PER_TOKEN)
+            photos = make_images(images, seed)
+        except ImportError as error:
+            raise UserError(f"the corpus needs {error.name}; pip install scikit-learn scikit-image") from error
         train_tokenizer([text], vocab_size, partial / "tokenizer.json")
         tokenizer = Tokenizer.load(partial / "tokenizer.json")
         samples = {f"text-{length}": _exact(text, length, text_tokens, tokenizer) for length in sorted(set(lengths))}
@@ -76,16 +68,7 @@ def make_corpus(
         samples["images"] = _questions(photos)
         for name, made in samples.items():
             write_split(partial, name, made, shards=2)
-        partial.chmod(0o755)  # mkdtemp makes private folders
         size = sum(file.stat().st_size for file in partial.iterdir())
-        if out.exists():
-            out.rmdir()
-        os.rename(partial, out)
-    except OSError as error:
-        raise UserError(f"the corpus can't be written to {out}: {error.strerror}; choose another folder") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
     counts = {name: len(made) for name, made in samples.items()}
     return {"samples": counts, "bytes": size, "vocab_size": tokenizer.vocab_size}
 

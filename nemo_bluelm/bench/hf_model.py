@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nemo_bluelm.config.schema import LanguageConfig, ModelConfig, Part, geometry_of
+from nemo_bluelm.convert.hf_config import language_config, vision_config
 from nemo_bluelm.model.projector import fold_tokens
 
 
@@ -98,51 +99,10 @@ class HFModel(torch.nn.Module):
 def _siglip(model: ModelConfig) -> torch.nn.Module:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
-    vision = model.vision
-    config = SiglipVisionConfig(
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.ffn_hidden_size,
-        num_hidden_layers=vision.num_layers,
-        num_attention_heads=vision.num_attention_heads,
-        image_size=model.geometry.tile,
-        patch_size=model.geometry.patch,
-        layer_norm_eps=vision.layernorm_epsilon,
-        vision_use_head=False,
-        attn_implementation="sdpa",
-    )
-    return SiglipVisionModel(config)
+    return SiglipVisionModel(SiglipVisionConfig(**vision_config(model), attn_implementation="sdpa"))
 
 
 def _llama(language: LanguageConfig):
     from transformers import LlamaConfig
 
-    yarn = language.yarn
-    config = LlamaConfig(
-        vocab_size=language.vocab_size,
-        hidden_size=language.hidden_size,
-        intermediate_size=language.ffn_hidden_size,
-        num_hidden_layers=language.num_layers,
-        num_attention_heads=language.num_attention_heads,
-        num_key_value_heads=language.num_query_groups,
-        head_dim=language.kv_channels,
-        rms_norm_eps=language.layernorm_epsilon,
-        tie_word_embeddings=language.share_embeddings_and_output_weights,
-        max_position_embeddings=round(yarn.original_max_position_embeddings * yarn.factor),
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    rope = {"rope_type": "default"}
-    if yarn.factor > 1:
-        rope = {
-            "rope_type": "yarn",
-            "factor": yarn.factor,
-            "original_max_position_embeddings": yarn.original_max_position_embeddings,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-        }
-    if hasattr(config, "rope_parameters"):  # transformers 5
-        config.rope_parameters = {"rope_theta": float(language.rotary_base), **rope}
-    else:
-        config.rope_theta = float(language.rotary_base)
-        config.rope_scaling = rope if yarn.factor > 1 else None
-    return config
+    return LlamaConfig(**language_config(language), use_cache=False, attn_implementation="sdpa")

@@ -31,7 +31,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="nemo-bluelm-bench-") as folder:
         result = Path(folder) / "rows.jsonl"
         result.touch()
-        case = write_case(replace(recipe, init_from=None), Path(folder))
+        case = write_case(replace(recipe, init_from=None, init_vision_from=None), Path(folder))
         arguments = ["bench", "peers", str(case), "--steps", str(steps), "--warmup", str(warmup)]
         arguments += ["--worker", str(result), "--compile" if compiled else "--no-compile"]
         arguments += ["--micro-batches", ",".join(map(str, micro_batches))] if micro_batches else []

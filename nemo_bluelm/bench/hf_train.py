@@ -102,9 +102,9 @@ class Peer:
 
 def load_packs(recipe: Recipe, steps: int, threads: int) -> tuple[list[list[PackedBatch]], int]:
     """The packs of the first ``steps`` steps, and the image placeholder's id. The peer never waits for its data."""
-    from nemo_bluelm.train.run import open_data
+    from nemo_bluelm.train.packs import open_packs
 
-    loader = open_data(recipe)
+    loader = open_packs(recipe)
     size = recipe.train.global_batch_size
     with ThreadPoolExecutor(max(1, threads)) as pool:
         loaded = list(pool.map(lambda pack: loader.load(pack).batch, islice(loader.plan, steps * size)))

@@ -43,7 +43,9 @@ def measure_here(path: str, steps: int, warmup: int, result: Path, profile: Path
     """What :func:`measure` runs: train as this rank; rank 0 writes ``result``, and any rank whose memory runs out."""
     from nemo_bluelm.config.checks import check_machine, check_recipe
     from nemo_bluelm.runtime.environment import Launch, prepare, quiet
-    from nemo_bluelm.train.run import fit, open_data
+    from nemo_bluelm.train.job import NextToken
+    from nemo_bluelm.train.packs import open_packs
+    from nemo_bluelm.train.run import fit
 
     quiet()
     launch, recipe = Launch.from_environment(), load_recipe(path, [])
@@ -52,7 +54,7 @@ def measure_here(path: str, steps: int, warmup: int, result: Path, profile: Path
     if launch.rank == 0:
         Path(recipe.run_dir).mkdir(parents=True, exist_ok=True)
     _choose_device(launch.local_rank)
-    loader = open_data(recipe)
+    loader = open_packs(recipe)
     prepare()
     from nemo_bluelm.bench.figures import is_out_of_memory
     from nemo_bluelm.bench.watch import Watch
@@ -61,7 +63,7 @@ def measure_here(path: str, steps: int, warmup: int, result: Path, profile: Path
     watch = Watch(recipe.train.steps, profile)
     metrics = Metrics(Path(recipe.run_dir), recipe.name, recipe.train.steps, recipe.train.log_every)
     try:
-        fit(recipe, loader, [watch, metrics])
+        fit(NextToken(recipe, loader), [watch, metrics])
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -77,7 +79,7 @@ def _timed(recipe: Recipe, steps: int, run_dir: Path) -> Recipe:
     """The recipe for ``steps`` steps that leave nothing behind."""
     train = replace(recipe.train, steps=steps, log_every=5)
     optim = replace(recipe.optim, warmup_steps=min(recipe.optim.warmup_steps, steps))
-    return replace(recipe, train=train, optim=optim, run_dir=str(run_dir), init_from=None)
+    return replace(recipe, train=train, optim=optim, run_dir=str(run_dir), init_from=None, init_vision_from=None)
 
 
 def _choose_device(local_rank: int) -> None:

@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "time a recipe's training steps, through the real loader",
     "peers": "time a recipe's training beside the same model in Hugging Face transformers",
     "vision": "time ViT and projector beside transformers' SigLIP",
+    "generate": "time generation beside transformers' generate",
     "corpus": "make the corpus that train and peers use, to carry it to another machine",
     "loader": "time the decode backends beside transformers' LLaVA-NeXT processors, or on a GPU",
 }

@@ -52,7 +52,19 @@ _PACKAGES = [
     (("nvidia-dali-cuda130", "nvidia-dali-cuda120"), False, "image decoding", "nvidia.dali"),
     (("nvidia-modelopt",), False, "pruning, quantised export", None),
     (("datatrove",), False, "curation", None),
+    (("starlette",), False, "serve: what it answers", None),
+    (("uvicorn",), False, "serve: HTTP", None),
+    (("math-verify",), False, "eval: the scorer math", None),
+    (("rapidfuzz",), False, "eval: the scorer anls", None),
+    (("httpx",), False, "eval: the scorer judge asks its endpoint", None),
+    (("lm-eval",), False, "our model in lm-evaluation-harness", None),
 ]
+# Packages that one line adds, by what that is for.
+_TOGETHER = {
+    "serve": ("starlette", "uvicorn"),
+    "eval, the scorers math, anls and judge": ("math-verify", "rapidfuzz", "httpx"),
+    "lm-evaluation-harness": ("lm-eval",),
+}
 
 
 def examine() -> dict:
@@ -220,4 +232,9 @@ def _add(state: dict[str, str], torch: dict | None) -> list[dict]:
         lines.append({"for": "ModelOpt", "command": "pip install 'nvidia-modelopt==0.37.*'"})
     if state["datatrove"] != "ok":
         lines.append({"for": "datatrove", "command": "pip install 'datatrove==0.3.*'"})
+    for what, names in _TOGETHER.items():
+        if lacking := [name for name in names if state[name] != "ok"]:
+            # Requirements of extras have a marker, which isn't pip's.
+            wanted = " ".join(f"'{str(_requirements().get(name, name)).partition(';')[0]}'" for name in lacking)
+            lines.append({"for": what, "command": f"pip install {wanted}"})
     return lines

@@ -15,11 +15,19 @@ from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.environment import quiet
 from nemo_bluelm.runtime.parent import follow_parent
 
-# Command -> what --help says about it. The command's module is nemo_bluelm.cli.<name>_command.
+# Command -> what --help says about it. The command's module is nemo_bluelm.cli.<name>_command, with _ for -.
 COMMANDS = {
     "train": "train a recipe, on this machine or as one rank of a launcher's job",
+    "ablate": "train the variants of an ablation, measure each, write a table and a plot",
     "prune": "cut a checkpoint's language model to a narrower recipe's shape",
     "merge": "write a checkpoint with LoRA's adapters merged into its weights",
+    "import": "make a checkpoint of a Hugging Face model's weights",
+    "export": "write a checkpoint as a folder that transformers, vLLM or TensorRT-LLM load",
+    "verify": "compare an exported folder with its checkpoint, stage by stage",
+    "verify-trtllm": "compare TensorRT-LLM's answers with those of an exported folder's checkpoint",
+    "generate": "ask a checkpoint, once or in a chat",
+    "serve": "answer over HTTP, in the shape of OpenAI's API",
+    "eval": "ask a benchmark's problems in both modes and with thinking budgets, and score the answers",
     "plan": "show what a recipe resolves to: config, parameters, tokens per image, layout",
     "data": "index, inspect, curate: what to do with shards before and between runs",
     "bench": "time a part of the stack beside what users know",
@@ -39,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 def command_module(name: str) -> ModuleType:
     """The module of a command; it has ``add_arguments(parser)`` and ``run(args) -> int``."""
-    return importlib.import_module(f"nemo_bluelm.cli.{name}_command")
+    return importlib.import_module(f"nemo_bluelm.cli.{name.replace('-', '_')}_command")
 
 
 def build_parser(argv: list[str]) -> Parser:

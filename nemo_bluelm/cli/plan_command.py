@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     from nemo_bluelm.errors import UserError
     from nemo_bluelm.planner.devices import find_device
     from nemo_bluelm.planner.memory import most_tiles
-    from nemo_bluelm.planner.summary import check_layout, device_summary, flops_summary, parameters
+    from nemo_bluelm.planner.summary import check_layout, device_summary, flops_summary, parameters, teacher_summary
 
-    device = find_device(args.device) if args.device else None
+    device = find_device(args.device) if args.device is not None else None
     if args.propose and not (device and args.world_size):
         raise UserError("--propose needs to know for what; add --world-size N --device h100")
     recipe, missing, config = load_without_data(args.recipe, args.overrides)
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         "config": config,
         "missing": missing,
         "params": parameters(recipe),
+        "teacher": teacher_summary(recipe),
         "images": _images(recipe, args.image or _SIZES),
         "layout": _layout(recipe, None if problem else args.world_size),
         "flops": flops_summary(recipe, tiles, with_text),
@@ -93,7 +94,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
@@ -155,8 +156,6 @@ def _show(plan: dict, recipe: "Recipe") -> None:
 
     console = Console()
     print(yaml.safe_dump(plan["config"], sort_keys=False).rstrip())
-    if recipe.distill.teacher is not None:
-        print("\nNote: distill.teacher runs beside the model; memory, FLOPs and time below are without it.")
     if plan["missing"]:
         print(f"\nTo train, set what is mandatory: {' '.join(f'{key}=...' for key in plan['missing'])}")
 
@@ -164,10 +163,21 @@ def _show(plan: dict, recipe: "Recipe") -> None:
     table.add_column("part")
     table.add_column("parameters", justify="right")
     table.add_column("trained")
-    frozen = {part.value for part in recipe.train.freeze}
+    trained = {"total": ""} | {part.value: "no" for part in recipe.train.freeze}
+    if recipe.train.lora.rank:
+        trained["language"] = "adapters"
     for part, count in plan["params"].items():
-        table.add_row(part, f"{count:,}", "" if part == "total" else "no" if part in frozen else "yes")
+        table.add_row(part, f"{count:,}", trained.get(part, "yes"))
+    teacher = plan["teacher"]
+    if teacher and teacher["params"]:
+        table.add_row("teacher", f"{teacher['params']['total']:,}", "no")
     console.print(table)
+    if teacher and not teacher["params"]:
+        print("Note: teacher not counted: distill.teacher names no run yet")
+    if plan["config"]["objective"] == "grpo":
+        print(
+            "Note: counted is training on full packs of replies; writing them, their rewards and the reference are not"
+        )
 
     table = Table(title=f"Images, in packs of {recipe.data.sequence_length} tokens")
     for name in ("width", "height", "grid", "tiles", "tokens"):

@@ -7,7 +7,7 @@ from rich.table import Table
 
 _GIB = 2**30
 _TEXT = "text alone"
-_CAUSES = ("compute", "bubble", "tensor", "context", "pipeline", "tiles", "data", "optimizer")
+_CAUSES = ("compute", "bubble", "tensor", "context", "pipeline", "tiles", "teacher", "data", "optimizer")
 
 
 def show_flops(console: Console, flops: dict[str, Any]) -> None:

@@ -22,12 +22,12 @@ def run(args: argparse.Namespace) -> int:
         UserError: a mistake in the arguments, the recipe or its data.
     """
     from nemo_bluelm.config.checks import check_recipe
-    from nemo_bluelm.config.compose import load_recipe
+    from nemo_bluelm.config.compose import NO_CHECKPOINTS, load_recipe
     from nemo_bluelm.config.schema import DistillConfig
     from nemo_bluelm.train.pruning import prune
 
     # What the student will start and learn from is being made, or isn't needed for it.
-    recipe = load_recipe(args.recipe, ["init_from=null", "distill.teacher=null", *args.overrides])
+    recipe = load_recipe(args.recipe, [*NO_CHECKPOINTS, *args.overrides])
     recipe = replace(recipe, distill=DistillConfig())
     check_recipe(recipe, world_size=None)
     language = recipe.model.language

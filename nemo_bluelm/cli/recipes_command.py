@@ -1,4 +1,4 @@
-"""``nemo-bluelm recipes``: the packaged recipes and pipelines, each with its first comment line."""
+"""``nemo-bluelm recipes``: the packaged recipes, pipelines and ablations, each with its first comment line."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    names = [*resources.packaged_recipes("pipeline"), *resources.packaged_recipes()]
+    names = [name for kind in ("pipeline", None, "ablation") for name in resources.packaged_recipes(kind)]
     rows = [{"name": name, "about": _about(name)} for name in names]
     if args.json:
         print(json.dumps(rows, indent=2))

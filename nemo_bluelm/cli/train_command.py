@@ -2,9 +2,15 @@
 
 import argparse
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from nemo_bluelm.cli.arguments import add_recipe_arguments, positive
 from nemo_bluelm.errors import UserError
+
+if TYPE_CHECKING:
+    from nemo_bluelm.config.schema import Recipe
+    from nemo_bluelm.train.job import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,4 +55,20 @@ def run(args: argparse.Namespace) -> int:
         return launch(["train", args.recipe, *args.overrides], args.nproc)
     from nemo_bluelm.train.run import train
 
-    return train(recipe)
+    return train(recipe, _job_of(recipe))
+
+
+def _job_of(recipe: "Recipe") -> "Callable[[Recipe], Job]":
+    from nemo_bluelm.config.grpo import Objective
+
+    if recipe.objective == Objective.grpo:
+        from nemo_bluelm.rl.job import GRPO
+
+        return GRPO
+    if recipe.objective == Objective.reward_model:
+        from nemo_bluelm.rl.reward_job import RewardModelling
+
+        return RewardModelling
+    from nemo_bluelm.train.job import NextToken
+
+    return NextToken

@@ -5,13 +5,16 @@ from importlib.util import find_spec
 from typing import Iterator
 
 from nemo_bluelm.config.distill_checks import distill_problems
+from nemo_bluelm.config.grpo import Objective, grpo_problems
 from nemo_bluelm.config.layout import alignment, layout_problem
 from nemo_bluelm.config.optim_checks import optim_problems
+from nemo_bluelm.config.reward_model import reward_model_problems
 from nemo_bluelm.config.schema import (
     ContextComm,
     DecodeBackend,
     DecodeDevice,
     Dtype,
+    Fp8Config,
     Fp8Recipe,
     Part,
     Recipe,
@@ -20,7 +23,7 @@ from nemo_bluelm.config.schema import (
 )
 from nemo_bluelm.errors import UserError
 
-__all__ = ["alignment", "check_machine", "check_recipe"]
+__all__ = ["alignment", "check_all_but_layout", "check_machine", "check_recipe"]
 
 
 def check_recipe(recipe: Recipe, world_size: int | None) -> None:
@@ -33,9 +36,18 @@ def check_recipe(recipe: Recipe, world_size: int | None) -> None:
     Raises:
         UserError: the first thing that is wrong.
     """
-    for message in _all_but_layout(recipe):
-        raise UserError(message)
+    check_all_but_layout(recipe)
     if message := layout_problem(recipe, world_size, lambda candidate: not any(_all_but_layout(candidate))):
+        raise UserError(message)
+
+
+def check_all_but_layout(recipe: Recipe) -> None:
+    """Refuse a recipe that no layout makes right; ``config.layout.problems`` needs one that passes.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    for message in _all_but_layout(recipe):
         raise UserError(message)
 
 
@@ -91,9 +103,11 @@ def _all_but_layout(recipe: Recipe) -> Iterator[str]:
         _context,
         _precision,
         _recompute,
+        _cuda_graphs,
         optim_problems,
         _lora,
         distill_problems,
+        _objective,
     ):
         yield from check(recipe)
 
@@ -184,8 +198,10 @@ def _names(recipe: Recipe) -> Iterator[str]:
     for key in ("run_dir", "data.root", "data.tokenizer", "data.index"):
         if not _get(recipe, key).strip():
             yield f"{key} is empty; it must be a path"
-    if recipe.init_from is not None and not recipe.init_from.strip():
-        yield "init_from is empty; it must be a run or checkpoint folder, or null"
+    for key in ("init_from", "init_vision_from"):
+        folder = getattr(recipe, key)
+        if folder is not None and not folder.strip():
+            yield f"{key} is empty; it must be a run or checkpoint folder, or null"
 
 
 def _mixture(recipe: Recipe) -> Iterator[str]:
@@ -246,6 +262,17 @@ def _context(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _objective(recipe: Recipe) -> Iterator[str]:
+    if recipe.objective == Objective.grpo:
+        yield from grpo_problems(recipe)
+        if recipe.distill.teacher is not None or recipe.distill.logits is not None:
+            yield "distill is set; with objective grpo set distill.teacher=null and distill.logits=null"
+    elif recipe.objective == Objective.reward_model:
+        yield from reward_model_problems(recipe)
+    elif recipe.environments:
+        yield "environments is set, but objective is next_token; set objective=grpo, or leave environments out"
+
+
 def _lora(recipe: Recipe) -> Iterator[str]:
     lora = recipe.train.lora
     if not lora.rank:
@@ -268,6 +295,9 @@ def _precision(recipe: Recipe) -> Iterator[str]:
         for name, value in bf16_layers.items():
             if value:
                 yield f"precision.fp8.{name} is {value} without precision.fp8.recipe; set it to 0, or choose a recipe"
+        if fp8.parts != Fp8Config().parts:
+            parts = ",".join(part.value for part in fp8.parts)
+            yield f"precision.fp8.parts is [{parts}] without precision.fp8.recipe; leave it out, or choose a recipe"
         return
     dtype = recipe.precision.dtype
     if dtype != Dtype.bf16:
@@ -288,10 +318,13 @@ def _precision(recipe: Recipe) -> Iterator[str]:
                 f"precision.fp8.{name} is {value} with precision.fp8.recipe delayed, which has no BF16 layers; set it "
                 "to 0, or precision.fp8.recipe=current"
             )
-    if sum(bf16_layers.values()) > layers:
+        if value and Part.language not in fp8.parts:
+            yield f"precision.fp8.{name} is {value} without language in precision.fp8.parts; set it to 0"
+    if sum(bf16_layers.values()) >= layers:
         yield (
-            f"precision.fp8.bf16_first_layers {fp8.bf16_first_layers} and bf16_last_layers {fp8.bf16_last_layers} are "
-            f"more than model.language.num_layers {layers}"
+            f"precision.fp8.bf16_first_layers {fp8.bf16_first_layers} and bf16_last_layers {fp8.bf16_last_layers} "
+            f"leave none of model.language.num_layers {layers} in FP8; lower them, or leave language out of "
+            "precision.fp8.parts"
         )
 
 
@@ -305,10 +338,26 @@ def _recompute(recipe: Recipe) -> Iterator[str]:
         )
     if count is not None and count > layers:
         yield f"train.recompute.language_layers is {count}; it must be at most model.language.num_layers {layers}"
-    if recipe.train.cuda_graphs and recompute.language != Recompute.none:
+    if recompute.vision != Recompute.none and Part.vision in recipe.train.freeze:
         yield (
-            f"train.cuda_graphs is true with train.recompute.language {language}; a graph can't compute again, set "
-            "train.recompute.language=none or train.cuda_graphs=false"
+            f"train.recompute.vision is {recompute.vision.value}, but train.freeze lists vision, of which nothing is "
+            "kept; set train.recompute.vision=none, or leave vision out"
+        )
+
+
+def _cuda_graphs(recipe: Recipe) -> Iterator[str]:
+    language, context = recipe.train.recompute.language, recipe.parallel.context
+    if not recipe.train.cuda_graphs:
+        return
+    if language != Recompute.none:
+        yield (
+            f"train.cuda_graphs is true with train.recompute.language {language.value}; a graph can't compute again, "
+            "set train.recompute.language=none or train.cuda_graphs=false"
+        )
+    if context > 1:  # where a pack's documents lie decides which rows a rank has, and changes from pack to pack
+        yield (
+            f"train.cuda_graphs is true with parallel.context {context}; a graph can't see where documents are cut, "
+            "set parallel.context=1 or train.cuda_graphs=false"
         )
 
 

@@ -15,12 +15,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_bluelm import resources
 from nemo_bluelm.config import translate
+from nemo_bluelm.config.aliases import renamed
 from nemo_bluelm.config.schema import Recipe, SourceConfig
 from nemo_bluelm.errors import UserError
 
 # Hydra starts from a config in memory that lists the typed schema first and the recipe second, so no recipe can
 # forget the schema and every key of every block is checked where it is merged.
 _ROOT, _SCHEMA = "nemo_bluelm_root", "nemo_bluelm_schema"
+
+CHECKPOINTS = ("init_from", "init_vision_from", "distill.teacher")  # keys that name a run or checkpoint folder
+NO_CHECKPOINTS = tuple(f"{key}=null" for key in CHECKPOINTS)  # overrides, for uses of a recipe that read none
 
 
 def compose(path: str, overrides: list[str]) -> DictConfig:
@@ -35,6 +39,7 @@ def compose(path: str, overrides: list[str]) -> DictConfig:
     """
     file = resources.find_recipe(path)
     content = _read(file, path)
+    overrides = [renamed(override) for override in overrides]
     _check_overrides(overrides)
     store = ConfigStore.instance()
     store.store(name=_SCHEMA, node=Recipe)
@@ -93,14 +98,14 @@ def to_recipe(config: DictConfig, path: str) -> Recipe:
 def load_without_data(path: str, overrides: list[str]) -> tuple[Recipe, list[str], dict]:
     """The recipe for uses that read nothing: (recipe, missing keys, resolved config with ``???`` where missing).
 
-    Missing values of ``data`` and missing checkpoints (``init_from``, ``distill.teacher``) are filled with stand-ins.
+    Missing values of ``data`` and missing checkpoints (:data:`CHECKPOINTS`) are filled with stand-ins.
 
     Raises:
         UserError: as ``load_recipe``, for every other key.
     """
     config = compose(path, overrides)
     found = missing_keys(config, path)
-    missing = [key for key in found if key.startswith("data.") or key in ("init_from", "distill.teacher")]
+    missing = [key for key in found if key.startswith("data.") or key in CHECKPOINTS]
     try:
         plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     except OmegaConfBaseException as error:

@@ -5,6 +5,7 @@ import difflib
 import functools
 import typing
 
+from nemo_bluelm.config.aliases import ALIASES
 from nemo_bluelm.config.schema import Recipe
 
 
@@ -27,6 +28,8 @@ def _walk(cls: type, prefix: str) -> typing.Iterator[str]:
 
 def did_you_mean(key: str) -> str:
     """``did you mean optim.lr?`` for a misspelt or misplaced key; what there is at its level if none is near."""
+    if key in ALIASES:
+        return f"here it is {ALIASES[key]}"
     parts = key.split(".")
     entry = parts[2] if parts[:2] == ["data", "sources"] and len(parts) > 3 else "NAME"
     if entry != "NAME":

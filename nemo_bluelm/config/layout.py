@@ -7,7 +7,7 @@ from functools import reduce
 from itertools import product
 from typing import Any, Optional
 
-from nemo_bluelm.config.schema import ContextComm, Fp8Recipe, Part, Recipe
+from nemo_bluelm.config.schema import ContextComm, Fp8Config, Fp8Recipe, Part, Recipe
 
 FP8_MULTIPLE = {Fp8Recipe.delayed: 16, Fp8Recipe.current: 16, Fp8Recipe.blockwise: 128}  # of both sides of a product
 KEYS = (
@@ -223,8 +223,8 @@ def _less_fp8(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
     if Part.vision in fp8.parts and Part.language in fp8.parts:
         yield "with the ViT in BF16", {"precision.fp8.parts": [Part.language]}
     # Not precision=bf16: a block loses to keys that the recipe or the command line set.
-    layers = {f"precision.fp8.{name}": 0 for name in ("bf16_first_layers", "bf16_last_layers") if getattr(fp8, name)}
-    yield "without FP8", {"precision.fp8.recipe": None} | layers
+    unset = vars(Fp8Config()).items()
+    yield "without FP8", {f"precision.fp8.{key}": value for key, value in unset if getattr(fp8, key) != value}
 
 
 def _mended(

@@ -12,6 +12,12 @@ _OF_SCHEDULE = {
     "second_lr": ((Schedule.two_stage,), None),
     "second_stage_from": ((Schedule.two_stage,), None),
 }
+# What a schedule can't do without: null is not a value that it can take.
+_NEEDED = {
+    "decay_steps": "the steps of its decay",
+    "second_lr": "the second stage's learning rate",
+    "second_stage_from": "the share of the steps before optim.second_lr",
+}
 
 
 def optim_problems(recipe: Recipe) -> Iterator[str]:
@@ -45,6 +51,11 @@ def _warmup(recipe: Recipe) -> Iterator[str]:
 
 
 def _schedule(optim: OptimConfig, steps: int) -> Iterator[str]:
+    examples = {
+        "decay_steps": f"{max(1, steps // 10)} (a tenth of train.steps)",
+        "second_lr": f"{optim.lr / 10:g}",
+        "second_stage_from": "0.8",
+    }
     for key, (schedules, unset) in _OF_SCHEDULE.items():
         value, wanted = getattr(optim, key), " or ".join(schedule.value for schedule in schedules)
         if value != unset and optim.schedule not in schedules:
@@ -53,29 +64,17 @@ def _schedule(optim: OptimConfig, steps: int) -> Iterator[str]:
                 f"never uses it; set optim.schedule to {wanted}, or optim.{key}="
                 f"{'null' if unset is None else getattr(unset, 'value', unset)}"
             )
+        if value is None and optim.schedule in schedules:
+            yield (
+                f"optim.{key} is null with optim.schedule {optim.schedule.value}; set {_NEEDED[key]}, for example "
+                f"optim.{key}={examples[key]}"
+            )
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr is {optim.min_lr}; it must be at most optim.lr {optim.lr}"
-    if optim.schedule == Schedule.wsd:
-        if optim.decay_steps is None:
-            yield (
-                "optim.decay_steps is null with optim.schedule wsd; set the steps of its decay, for example "
-                f"optim.decay_steps={max(1, steps // 10)} (a tenth of train.steps)"
-            )
-        elif optim.decay_steps > steps:
-            yield f"optim.decay_steps is {optim.decay_steps}; it must be at most train.steps {steps}"
-    if optim.schedule == Schedule.two_stage:
-        if optim.second_lr is None:
-            yield (
-                "optim.second_lr is null with optim.schedule two_stage; set the second stage's learning rate, for "
-                f"example optim.second_lr={optim.lr / 10:g}"
-            )
-        if optim.second_stage_from is None:
-            yield (
-                "optim.second_stage_from is null with optim.schedule two_stage; set the share of the steps before "
-                "optim.second_lr, for example optim.second_stage_from=0.8"
-            )
-        elif not 0 < optim.second_stage_from < 1:
-            yield f"optim.second_stage_from is {optim.second_stage_from}; it must be greater than 0 and below 1"
+    if optim.decay_steps is not None and optim.decay_steps > steps:
+        yield f"optim.decay_steps is {optim.decay_steps}; it must be at most train.steps {steps}"
+    if optim.second_stage_from is not None and not 0 < optim.second_stage_from < 1:
+        yield f"optim.second_stage_from is {optim.second_stage_from}; it must be greater than 0 and below 1"
 
 
 def _parts(recipe: Recipe) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -17,7 +18,7 @@ from nemo_bluelm.errors import UserError
 
 _PIPELINE_KEYS, _STAGE_KEYS = ("name", "stages"), ("recipe", "overrides", "prune")
 _RUN = re.compile(r"\$\{run:([^}]*)\}")
-_NOT_FOR_ALL = ("init_from", "name")  # of each stage its own
+_NOT_FOR_ALL = ("init_from", "init_vision_from", "name")  # of each stage its own
 
 
 @dataclass(frozen=True)
@@ -79,32 +80,98 @@ def load_pipeline(path: str, overrides: list[str]) -> Pipeline:
         UserError: what is wrong with the file or an override, in one line.
     """
     file = resources.find_recipe(path)
+    content = read_mapping(file, path)
+    if "variants" in content:
+        raise UserError(f"{path}: is an ablation; 'nemo-bluelm ablate {path}' runs it")
+    check_keys(content, _PIPELINE_KEYS, path, "a pipeline")
+    return read_stages(content, ("stages",), path, file.parent, overrides)
+
+
+def read_mapping(file: Path, path: str) -> dict[Any, Any]:
+    """The content of a pipeline's file; ``path`` is what the user called it.
+
+    Raises:
+        UserError: it can't be read, or is no mapping.
+    """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise translate.to_user_error(error, path, []) from error
-    content = _mapping(content, _PIPELINE_KEYS, path, "a pipeline")
-    name, stages = content.get("name"), content.get("stages")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a pipeline is a mapping of {', '.join(_PIPELINE_KEYS)}, this is {content!r}")
+    return content
+
+
+def read_stages(
+    content: dict[str, Any], lists: tuple[str, ...], path: str, beside: Path, overrides: list[str]
+) -> Pipeline:
+    """The stages of a file, those of each list in their order; a stage refers to those of its own list and before.
+
+    Args:
+        content: of the file, with ``name`` and ``lists``.
+        lists: keys of mappings from a stage's name to what it is.
+        path: what the user called the file.
+        beside: folder of the file, where its recipes may lie.
+        overrides: as :func:`load_pipeline`.
+
+    Raises:
+        UserError: what is wrong, in one line.
+    """
+    name = content.get("name")
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"{path}: name is {name!r}; it must be a word, it names the folder of the stages' runs")
-    if not isinstance(stages, dict) or not stages:
-        raise UserError(f"{path}: stages must be a mapping of one stage or more, such as 'sft: {{recipe: tiny/sft}}'")
-    for stage in stages:
+    entries: list[tuple[str, Any]] = []
+    for key in lists:
+        listed = content.get(key)
+        if not isinstance(listed, dict) or not listed:
+            raise UserError(f"{path}: {key} must be a mapping of stages, such as 'sft: {{recipe: tiny/sft}}'")
+        entries += listed.items()
+    names = [stage for stage, _ in entries]
+    for stage in names:
         _check_name(stage, path)
-    root, shared, own = _sort(overrides, list(stages))
+        if names.count(stage) > 1:
+            raise UserError(f"{path}: stage {stage} is there twice, in {' and in '.join(lists)}; rename one")
+    root, shared, own = _sort(overrides, names)
     root = root or Path("outputs/runs") / name
     found: list[Stage] = []
-    for stage, entry in stages.items():
+    for stage, entry in entries:
         where = f"{path}: stage {stage}"
-        entry = _mapping(entry, _STAGE_KEYS, where, "a stage")
-        found.append(_stage(stage, entry, where, file.parent, root, [*shared, *own[stage]], found))
+        check_keys(entry, _STAGE_KEYS, where, "a stage")
+        found.append(_stage(stage, entry, where, beside, root, [*shared, *own[stage]], found))
     return Pipeline(name, tuple(found))
+
+
+def check_keys(content: Any, keys: Sequence[str], where: str, what: str) -> None:
+    """Refuse anything but a mapping with some of the keys.
+
+    Raises:
+        UserError: naming ``where``, the key and the nearest one.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: {what} is a mapping of {', '.join(keys)}, this is {content!r}")
+    for key in content:
+        if key not in keys:
+            close = difflib.get_close_matches(str(key), keys, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"{what} has {', '.join(keys)}"
+            raise UserError(f"{where}: unknown key {key}; {hint}")
 
 
 def quoted(path: Path | str) -> str:
     """A value in the grammar of overrides, whatever characters it has."""
     escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def value_of(override: str) -> Any:
+    """What an override sets its key to.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return OverridesParser.create().parse_overrides([override])[0].value()
+    except OverrideParseException as error:
+        raise translate.to_user_error(error, override, [override]) from error
 
 
 def _stage(
@@ -118,6 +185,8 @@ def _stage(
     for override in listed:
         if translate.override_key(override) == "run_dir":
             raise UserError(f"{where}: {override}: the pipeline's run_dir holds its stages' folders; leave it out")
+    if teacher is not None and not isinstance(teacher, str):
+        raise UserError(f"{where}: prune is {teacher!r}; it must be the name of an earlier stage")
     folders = {stage.name: stage for stage in earlier}
     read = [match[1] for override in [*listed, *given] for match in _RUN.finditer(override)]
     for other in ([] if teacher is None else [teacher]) + read:
@@ -157,7 +226,9 @@ def _sort(overrides: list[str], stages: list[str]) -> tuple[Optional[Path], list
         if first in own and rest:
             own[first].append(sign + override.removeprefix(sign).removeprefix(f"{first}."))
         elif key == "run_dir":
-            root = Path(_value(override))
+            root = Path(str(value_of(override) or ""))
+            if not root.name:
+                raise UserError(f"{override}: run_dir is empty; it must be a path")
         elif key in _NOT_FOR_ALL:
             raise UserError(f"{override}: each stage has its own {key}; for one stage say {stages[0]}.{override}")
         else:
@@ -165,30 +236,8 @@ def _sort(overrides: list[str], stages: list[str]) -> tuple[Optional[Path], list
     return root, shared, own
 
 
-def _value(override: str) -> str:
-    try:
-        value = OverridesParser.create().parse_overrides([override])[0].value()
-    except OverrideParseException as error:
-        raise translate.to_user_error(error, override, [override]) from error
-    text = "" if value is None else str(value)
-    if not text.strip():
-        raise UserError(f"{override}: run_dir is empty; it must be a path")
-    return text
-
-
 def _check_name(stage: Any, path: str) -> None:
     if not isinstance(stage, str) or not re.fullmatch(r"\w+", stage):
         raise UserError(f"{path}: stage {stage!r}: a stage's name is made of letters, digits and _")
     if stage in schema_keys():
         raise UserError(f"{path}: stage {stage}: a recipe has a key of this name; choose another")
-
-
-def _mapping(content: Any, keys: tuple[str, ...], where: str, what: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: {what} is a mapping of {', '.join(keys)}, this is {content!r}")
-    for key in content:
-        if key not in keys:
-            close = difflib.get_close_matches(str(key), keys, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"{what} has {', '.join(keys)}"
-            raise UserError(f"{where}: unknown key {key}; {hint}")
-    return content

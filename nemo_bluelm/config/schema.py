@@ -6,6 +6,8 @@ from typing import Dict, List, Optional
 
 from omegaconf import MISSING
 
+from nemo_bluelm.config.grpo import GrpoConfig, Objective
+from nemo_bluelm.config.rewards import EnvironmentConfig
 from nemo_bluelm.geometry import Geometry
 
 # OmegaConf can't merge into a frozen dataclass, so the schema has an open twin of Geometry with the same fields.
@@ -333,6 +335,7 @@ class Recipe:
     name: str = MISSING
     run_dir: str = "outputs/runs/${name}"  # checkpoints, metrics and the resolved recipe; the same folder resumes
     init_from: Optional[str] = None  # run or checkpoint folder whose weights start this run
+    init_vision_from: Optional[str] = None  # the same for the ViT, where it isn't init_from's
     seed: int = 1234
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -341,3 +344,6 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    objective: Objective = Objective.next_token
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)  # of objective grpo, as are the environments
+    environments: Dict[str, EnvironmentConfig] = field(default_factory=dict)  # by the task_name of records

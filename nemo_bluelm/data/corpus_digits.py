@@ -33,9 +33,9 @@ def samples(seed: int) -> tuple[list[RawSample], list[RawSample]]:
             for thinking in (False, True) if split == "train" else (False,):
                 question = QUESTIONS[rng.integers(len(QUESTIONS))]
                 thought = describe(pixels) + f" So the digit is {digit}." if thinking else None
-                record = question_record(question, str(digit), thought, "0.png", ["digits", split])
-                key = f"digit-{number:04d}-{'think' if thinking else 'direct'}"
-                made[split].append(RawSample(key, record, {"0.png": _png(pixels)}))
+                mode = "think" if thinking else "direct"
+                record = question_record(question, str(digit), thought, "0.png", ["digits", split, mode])
+                made[split].append(RawSample(f"digit-{number:04d}-{mode}", record, {"0.png": _png(pixels)}))
     return made["train"], made["test"]
 
 

@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
+from nemo_bluelm.atomic import new_folder
 from nemo_bluelm.data.reasoning import MODES, reasoning_samples, text_problem
 from nemo_bluelm.data.reasoning_images import image_problems
 from nemo_bluelm.data.writer import write_shard
@@ -33,31 +31,21 @@ def make_reasoning(out: Path, text: int, image: int, modes: Sequence[str] = ("th
     """
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise UserError(f"mode is {unknown[0]!r}; it must be one of {', '.join(MODES)}")
+    if len({*modes}) < len(modes):
+        raise UserError(f"modes are {', '.join(modes)}; name each once")
     if min(text, image) < 0 or text + image == 0 or not modes:
         raise UserError(f"text is {text} and image {image}; both must be 0 or more and one of them greater than 0")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; remove it or choose another")
     sorts = {
         "text": reasoning_samples(text_problem, text, modes, f"text-{seed}", ("reasoning",)),
         "image": reasoning_samples(image_problems(seed, "train"), image, modes, f"image-{seed}", ("reasoning",)),
     }
-    partial: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    with new_folder(out) as partial:
         for sort, samples in sorts.items():
             number = 0
             while first := next(samples, None):
                 shard = chain([first], islice(samples, _SHARD - 1))
                 write_shard(partial / f"reasoning-{sort}-{number:05d}.tar", shard)
                 number += 1
-        partial.chmod(0o755)  # mkdtemp makes private folders
-        os.rename(partial, out)
-    except OSError as error:
-        raise UserError(f"{out} can't be written: {error.strerror}; choose another folder") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
     return {"text": text * len(modes), "image": image * len(modes)}
 
 

@@ -52,8 +52,8 @@ class PackedBatch:
         equal_segments: how many segments there are, if they have one padded length; else, or if unknown, 0.
         shares: by rank of the tensor and context group the places of the tiles that it holds, where each holds some of
             the row's tiles (see :mod:`nemo_bluelm.runtime.sharing`); None where ``tiles`` are all.
-        teacher_ids, teacher_scores: int32 and float16 [1, S, k], a teacher's likeliest tokens after each, and their
-            log-probabilities; None in a run that learns from no stored logits.
+        teacher_ids, teacher_scores: int32 and float16 or float32 [1, S, k], a teacher's likeliest tokens after each and
+            their log-probabilities; None in a run that learns from no stored logits.
     """
 
     tokens: torch.Tensor

@@ -25,13 +25,17 @@ class Problem(NamedTuple):
     image: bytes | None = None
 
 
-def text_problem(rng: Random) -> Problem:
-    """A problem of one of the kinds, each as likely as the others."""
-    return rng.choice(_KINDS)(rng)
+def text_problem(rng: Random, largest: int = 99) -> Problem:
+    """A problem of one of the kinds, each as likely as the others.
+
+    Args:
+        largest: number in a calculation or to be sorted, 9 or more; those to be compared have one digit more at most.
+    """
+    return rng.choice(_KINDS)(rng, largest)
 
 
 def shortened(thought: str, rng: Random) -> str:
-    """The thought up to a word of it, as a thinking budget leaves it; at least one word goes."""
+    """The thought up to a word of it, as a thinking budget leaves it; one word goes at least, but an only one stays."""
     words = thought.split()
     return " ".join(words[: rng.randint(1, max(1, len(words) - 1))])
 
@@ -47,12 +51,8 @@ def reasoning_samples(
         seed: of the problems; also the start of their keys, which must not hold a dot.
         tags: of every record, beside the problem's kind and the mode.
     """
-    rng, seen, number = Random(seed), set(), 0
-    while number < count:
-        problem = make(rng)
-        if (problem.question, problem.image) in seen:
-            continue
-        seen.add((problem.question, problem.image))
+    rng = Random(seed)
+    for number, problem in enumerate(_distinct(make, count, rng)):
         for mode in modes:
             thought = None if mode == "direct" else problem.thought
             if mode == "short":
@@ -61,35 +61,53 @@ def reasoning_samples(
             record = question_record(problem.question, problem.answer, thought, image, [*tags, problem.kind, mode])
             files = {} if problem.image is None else {"0.png": problem.image}
             yield RawSample(f"{seed}-{number:06d}-{mode}", record, files)
-        number += 1
 
 
-def _arithmetic(rng: Random) -> Problem:
-    total, steps = rng.randint(2, 40), []
+def prompt_samples(make: Callable[[Random], Problem], count: int, seed: str) -> Iterator[RawSample]:
+    """``count`` problems in text to reply to, no two alike, for reinforcement learning.
+
+    Their records have the question, its ``answer`` and ``difficulty``, the number of words in the thought.
+    """
+    for number, problem in enumerate(_distinct(make, count, Random(seed))):
+        record = {"messages": [{"role": "user", "content": problem.question}], "answer": problem.answer}
+        yield RawSample(f"{seed}-{number:06d}", {**record, "difficulty": len(problem.thought.split())})
+
+
+def _distinct(make: Callable[[Random], Problem], count: int, rng: Random) -> Iterator[Problem]:
+    seen = set()
+    while len(seen) < count:
+        problem = make(rng)
+        if (problem.question, problem.image) not in seen:
+            seen.add((problem.question, problem.image))
+            yield problem
+
+
+def _arithmetic(rng: Random, largest: int) -> Problem:
+    total, steps = rng.randint(1, largest), []
     question = str(total)
     for _ in range(rng.randint(1, 3)):
-        sign, term = rng.choice("+-"), rng.randint(1, 30)
-        sign = "+" if term > total else sign  # no negative numbers
+        sign = "-" if total == largest or (total > 0 and rng.random() < 0.5) else "+"
+        term = rng.randint(1, largest - total if sign == "+" else total)
         after = total + term if sign == "+" else total - term
         steps.append(f"{total} {sign} {term} = {after}.")
         question, total = f"{question} {sign} {term}", after
     return Problem("arithmetic", f"What is {question}?", " ".join(steps), str(total))
 
 
-def _comparison(rng: Random) -> Problem:
-    first, second = rng.sample(range(10, 1000), 2)
+def _comparison(rng: Random, largest: int) -> Problem:
+    first, second = rng.sample(range(10, 10 * (largest + 1)), 2)
     larger = max(first, second)
     a, b = str(first), str(second)
     if len(a) != len(b):
         why = f"{a} has {len(a)} digits and {b} has {len(b)}."
     else:
         place = next(i for i in range(len(a)) if a[i] != b[i])
-        why = f"Both have {len(a)} digits. Digit {place + 1} is {a[place]} in {a} and {b[place]} in {b}."
+        why = f"Digit {place + 1} is {a[place]} and {b[place]}."
     return Problem("comparison", f"Which is larger, {a} or {b}?", f"{why} So {larger} is larger.", str(larger))
 
 
-def _sorting(rng: Random) -> Problem:
-    numbers = rng.sample(range(1, 100), rng.randint(3, 4))
+def _sorting(rng: Random, largest: int) -> Problem:
+    numbers = rng.sample(range(1, largest + 1), rng.randint(3, 4))
     left, steps = list(numbers), []
     while len(left) > 1:
         least = min(left)
@@ -99,7 +117,7 @@ def _sorting(rng: Random) -> Problem:
     return Problem("sorting", f"Sort from small to large: {_list(numbers)}.", " ".join(steps), answer)
 
 
-def _counting(rng: Random) -> Problem:
+def _counting(rng: Random, largest: int) -> Problem:
     word = rng.choice(_WORDS)
     letter = rng.choice(sorted(set(word)))
     marks = [f"{c}{' yes' if c == letter else ''}" for c in word]
@@ -109,18 +127,22 @@ def _counting(rng: Random) -> Problem:
     )
 
 
-def _word_problem(rng: Random) -> Problem:
+def _word_problem(rng: Random, largest: int) -> Problem:
     who, other = rng.sample(_PEOPLE, 2)
-    what, have, more, gone = rng.choice(_THINGS), rng.randint(2, 30), rng.randint(1, 20), rng.randint(1, 20)
+    what = rng.choice(_THINGS)
     if rng.random() < 0.5:
-        question = f"{who} has {have} {what} and {other} has {more} more than {who}. How many have they together?"
+        have = rng.randint(1, (largest - 1) // 2)
+        more = rng.randint(1, largest - 2 * have)
         his, total = have + more, have + have + more
-        thought = f"{other} has {have} + {more} = {his} {what}. Together they have {have} + {his} = {total}."
+        question = f"{who} has {have} {what} and {other} has {more} more than {who}. How many have they together?"
+        thought = f"{have} + {more} = {his}. {have} + {his} = {total}."
         return Problem("word_problem", question, thought, str(total))
-    gone = min(gone, have)
+    have = rng.randint(1, largest)
+    gone = rng.randint(1, have)
     rest = have - gone
+    more = rng.randint(1, largest - rest)
     question = f"{who} has {have} {what}, gives {gone} to {other} and buys {more}. How many has {who} now?"
-    thought = f"After giving, {who} has {have} - {gone} = {rest} {what}. After buying, {rest} + {more} = {rest + more}."
+    thought = f"{have} - {gone} = {rest}. {rest} + {more} = {rest + more}."
     return Problem("word_problem", question, thought, str(rest + more))
 
 

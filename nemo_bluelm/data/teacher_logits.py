@@ -5,8 +5,8 @@ wherever the shard lies:
 
 - ``documents.npy``: int64 [n, 4]: the sample's offset in its shard, its first token here, tokens, first row.
 - ``ids.npy``: int32 [rows, k], likeliest first; row i of a document tells of its token i + 1.
-- ``scores.npy``: float16 [rows, k], log-probabilities at temperature 1. Near 0, where it counts, they are finer than
-  logits would be.
+- ``scores.npy``: float16 or float32 [rows, k], log-probabilities at temperature 1. Near 0, where it counts, they are
+  finer than logits would be.
 """
 
 import json
@@ -25,8 +25,9 @@ from nemo_bluelm.errors import UserError
 if TYPE_CHECKING:
     from nemo_bluelm.data.loader import Document, PackLoader
 
-VERSION = 1
+VERSION = 2
 META_FILE = "meta.json"
+DTYPES = ("float16", "float32")
 MAKE = "tools/make_teacher_logits.py"
 _OPEN = 64  # shards whose rows are mapped at a time
 
@@ -61,7 +62,7 @@ class TeacherLogits:
     def __init__(self, folder: Path, loader: "PackLoader", top_k: int | None, vocabulary: int, at_one: bool):
         self.folder, self._digests = folder, {}
         meta = read_meta(folder)
-        stored = meta["top_k"]
+        stored, self._dtype = meta["top_k"], np.dtype(meta["dtype"])
         self.k = top_k or stored
         if self.k > stored:
             raise UserError(f"distill.top_k is {top_k}, but distill.logits {folder} has {stored} tokens; lower it")
@@ -96,7 +97,7 @@ class TeacherLogits:
         """
         length = batch.tokens.size(1)
         ids = np.tile(np.arange(self.k, dtype=np.int32), (length, 1))
-        scores = np.full((length, self.k), -np.log(self.k), dtype=np.float16)
+        scores = np.full((length, self.k), -np.log(self.k), dtype=self._dtype)
         for document, start in zip(documents, batch.bounds):
             if document.bad is not None:
                 continue

@@ -4,9 +4,10 @@ import math
 from dataclasses import asdict, dataclass
 
 from nemo_bluelm.config.schema import ContextComm, Dtype, Fp8Recipe, Part, Recipe, Recompute, geometry_of
-from nemo_bluelm.model.flops import Flops, pack_flops
+from nemo_bluelm.model.flops import Flops, layer_weights, pack_flops
 from nemo_bluelm.planner.devices import GPUS_PER_NODE, Device
-from nemo_bluelm.planner.memory import micro_batches, notable_stages, stage_layers, stage_weights
+from nemo_bluelm.planner.memory import fp8_layers, micro_batches, notable_stages, stage_layers, stage_trained
+from nemo_bluelm.planner.teacher import distills, teacher_beside
 
 # Measured on one H200 with torch 2.11+cu130, Transformer Engine 2.9.0 and megatron-core 0.15.3, single runs: steps of
 # 65,536 tokens of text, language model trained and ViT frozen; the rows are in tests/planner/planner_measured.py. Other
@@ -26,6 +27,9 @@ HBM = 0.68  # of its printed rate: Adam
 # Read and written of each parameter: gradient, master, two moments and BF16 weight by Adam (30); the gradient zeroed,
 # divided by the targets, summed up and clipped; the weight copied.
 OPTIMIZER_BYTES = 56
+# Read and written of each logit by the divergence from a teacher and its gradient: 162 of all tokens, 197 of the 64
+# likeliest, counted on layers/divergence.py; its time was not measured.
+DIVERGENCE_BYTES = 170
 # Norms, activations, RoPE, residuals, cross entropy: bytes moved for each FLOP of the linear layers, times the hidden
 # size. Products grow with its square, the rest with the size itself.
 ELEMENTWISE = 1.7
@@ -63,6 +67,7 @@ class Estimate:
         compute: of the pipeline stage that takes longest, all micro-batches.
         bubble: stages waiting for the first and the last micro-batch.
         tensor, context, pipeline, tiles: communication inside a model copy.
+        teacher: forward pass of a frozen teacher, its communication in it.
         data: reduction of gradients and gathering of parameters, as far as it sticks out or slows what hides it.
         optimizer: Adam.
         sent: bytes that a GPU of the busiest stage sends in a step, by the kind of parallelism.
@@ -78,6 +83,7 @@ class Estimate:
     context: float
     pipeline: float
     tiles: float
+    teacher: float
     data: float
     optimizer: float
     sent: dict[str, float]
@@ -88,8 +94,8 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        causes = (self.compute, self.bubble, self.tensor, self.context, self.pipeline, self.tiles, self.data)
-        return sum(causes) + self.optimizer
+        inside = (self.compute, self.bubble, self.tensor, self.context, self.pipeline, self.tiles, self.teacher)
+        return sum(inside) + self.data + self.optimizer
 
     @property
     def mfu(self) -> float:
@@ -110,7 +116,14 @@ class Estimate:
 
 def step_flops(recipe: Recipe, tiles: int) -> Flops:
     """Model FLOPs of a pack that is one document of full length with ``tiles`` tiles: the most that a pack can cost."""
-    return pack_flops(recipe.model, [recipe.data.sequence_length], tiles, recipe.train.freeze)
+    train = recipe.train
+    return pack_flops(recipe.model, [recipe.data.sequence_length], tiles, train.freeze, train.lora)
+
+
+def model_flops(recipe: Recipe, tiles: int) -> int:
+    """Of such a pack, a frozen teacher's forward pass counted, as it is in ``metrics.jsonl``."""
+    beside = teacher_beside(recipe)
+    return step_flops(recipe, tiles).total + (step_flops(beside, tiles).total if beside else 0)
 
 
 def estimate(recipe: Recipe, world_size: int, device: Device, tiles: int) -> Estimate:
@@ -123,39 +136,61 @@ def estimate(recipe: Recipe, world_size: int, device: Device, tiles: int) -> Est
     """
     parallel, train = recipe.parallel, recipe.train
     copies = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
-    count, size = micro_batches(recipe, copies), 2 if recipe.precision.dtype == Dtype.bf16 else 4
+    count, beside = micro_batches(recipe, copies), teacher_beside(recipe)
     flops = step_flops(recipe, tiles)
     slowest, busiest = max((_compute(recipe, device, flops, stage), stage) for stage in notable_stages(recipe))
-    sent = _sent_per_micro_batch(recipe, busiest, tiles, size)
+    sent = _sent_per_micro_batch(recipe, busiest, tiles)
+    waits = _waits(recipe, world_size, device, flops, busiest, sent)
+    one = slowest + sum(waits.values())
+    trained = stage_trained(recipe, busiest)
+    reduce, gather = _data_bytes(recipe, copies, trained)
+    sent = {kind: count * value for kind, value in sent.items()} | {"data": reduce + gather}
+    teacher = 0.0
+    if beside is not None:
+        teacher, sent_by_teacher = _teacher(beside, world_size, device, tiles)
+        sent["teacher"] = count * sent_by_teacher
+    return Estimate(
+        compute=count * slowest,
+        bubble=(parallel.pipeline - 1) / (parallel.virtual_pipeline or 1) * one,
+        **{kind: count * waits.get(kind, 0.0) for kind in ("tensor", "context", "pipeline", "tiles")},
+        teacher=count * teacher,
+        data=_data(recipe, device, copies, trained, reduce, gather, one),
+        optimizer=_optimizer(recipe, device, copies, trained),
+        sent=sent,
+        flops=model_flops(recipe, tiles) * train.global_batch_size,
+        tokens=recipe.data.sequence_length * train.global_batch_size,
+        gpus=world_size,
+        peak=device.peak,
+    )
+
+
+def _waits(
+    recipe: Recipe, world_size: int, device: Device, flops: Flops, stage: int, sent: dict[str, float]
+) -> dict[str, float]:
+    """Seconds that a rank of a stage waits for others of its model copy in a micro-batch, by parallelism."""
+    parallel = recipe.parallel
     groups = {  # distance of neighbours, and ranks
         "tensor": (1, parallel.tensor),
         "context": (parallel.tensor, parallel.context),
         "pipeline": (world_size // parallel.pipeline, 2),  # it only sends to the next
         "tiles": (1, parallel.tensor * parallel.context),
     }
-    calls = {"tensor": 8 * stage_layers(recipe)[busiest], "context": 4 * stage_layers(recipe)[busiest]}
+    calls = {"tensor": 8 * stage_layers(recipe)[stage], "context": 4 * stage_layers(recipe)[stage]}
     waits = {
         kind: sent[kind] / _rate(device, *group) + _latency(*group) * calls.get(kind, 2)
         for kind, group in groups.items()
         if sent[kind]
     }
     if parallel.context_comm == ContextComm.p2p and "context" in waits:  # goes round while attention works
-        waits["context"] = max(0.0, waits["context"] - _attention(recipe, device, flops, busiest))
-    one = slowest + sum(waits.values())
-    trained = _trained(recipe, busiest)
-    reduce, gather = _data_bytes(recipe, copies, trained, size)
-    return Estimate(
-        compute=count * slowest,
-        bubble=(parallel.pipeline - 1) / (parallel.virtual_pipeline or 1) * one,
-        **{kind: count * waits.get(kind, 0.0) for kind in groups},
-        data=_data(recipe, device, copies, trained, reduce, gather, one),
-        optimizer=_optimizer(recipe, device, copies, trained),
-        sent={**{kind: count * value for kind, value in sent.items()}, "data": reduce + gather},
-        flops=flops.total * train.global_batch_size,
-        tokens=recipe.data.sequence_length * train.global_batch_size,
-        gpus=world_size,
-        peak=device.peak,
-    )
+        waits["context"] = max(0.0, waits["context"] - _attention(recipe, device, flops, stage))
+    return waits
+
+
+def _teacher(beside: Recipe, world_size: int, device: Device, tiles: int) -> tuple[float, float]:
+    """Seconds and bytes sent of its forward pass of a micro-batch: half of what forward and backward send."""
+    flops, sent = step_flops(beside, tiles), _sent_per_micro_batch(beside, 0, tiles)
+    waits = _waits(beside, world_size, device, flops, 0, sent)
+    return _compute(beside, device, flops, 0) + sum(waits.values()) / 2, sum(sent.values()) / 2
 
 
 def _compute(recipe: Recipe, device: Device, flops: Flops, stage: int) -> float:
@@ -166,19 +201,32 @@ def _compute(recipe: Recipe, device: Device, flops: Flops, stage: int) -> float:
     layers = stage_layers(recipe)[stage]
     part = layers / recipe.model.language.num_layers
     slower = HALVED ** math.log2(parallel.tensor)
-    language = fp8.recipe if Part.language in fp8.parts else None
-    linear = packs * flops.linear * part * _again(recipe, Part.language, layers) / ranks
-    seconds = linear / (LINEAR[language] * slower) / device.peak + _attention(recipe, device, flops, stage)
-    seconds += linear * ELEMENTWISE / recipe.model.language.hidden_size / (HBM * device.hbm)
+    in_fp8 = fp8_layers(recipe, stage)
+    kinds = {fp8.recipe: in_fp8, None: layers - in_fp8} if in_fp8 else {None: layers}  # layers of each precision
+    text = recipe.model.language
+    forward = 2 * recipe.data.sequence_length * text.num_layers * layer_weights(text) / flops.linear
+    linear = packs * flops.linear * part / ranks
+    done = linear * _again(recipe, Part.language, layers, forward)
+    seconds = sum(done * count / layers / LINEAR[kind] for kind, count in kinds.items()) / slower / device.peak
+    seconds += packs * flops.adapters * part / ranks / LINEAR[None] / device.peak  # in BF16; not measured
+    seconds += _attention(recipe, device, flops, stage)
+    launched = 1 / 3 if forward == 1 else 1.0  # forward alone, as a teacher's; assumed
+    # Whether the weights have gradients doesn't matter here.
+    moved = launched * 3 * forward * linear * _again(recipe, Part.language, layers)
+    seconds += moved * ELEMENTWISE / text.hidden_size / (HBM * device.hbm)
     if not recipe.train.cuda_graphs:
-        seconds = max(seconds + layers * GAPS[language], layers * HOST[language])
+        gaps, host = (sum(count * of[kind] for kind, count in kinds.items()) for of in (GAPS, HOST))
+        seconds = max(seconds + launched * gaps, launched * host)
     if last:
         seconds += packs * flops.output / (OUTPUT * slower) / ranks / device.peak
+        if distills(recipe):
+            logits = packs * recipe.data.sequence_length * recipe.model.language.vocab_size / ranks
+            seconds += logits * DIVERGENCE_BYTES / (HBM * device.hbm)
     if stage == 0 and flops.vision:
         share = ranks if parallel.share_tiles else 1
         vision = packs * flops.vision * _again(recipe, Part.vision, recipe.model.vision.num_layers) / share
         rate = VISION[fp8.recipe is not None and Part.vision in fp8.parts]
-        seconds += max(vision / rate / device.peak, recipe.model.vision.num_layers * HOST[None])
+        seconds += max(vision / rate / device.peak, launched * recipe.model.vision.num_layers * HOST[None])
     return seconds
 
 
@@ -191,14 +239,14 @@ def _attention(recipe: Recipe, device: Device, flops: Flops, stage: int) -> floa
     return work / (parallel.tensor * parallel.context) / share / device.peak
 
 
-def _again(recipe: Recipe, part: Part, layers: int) -> float:
-    """Linear layers' work with what is computed again, over that without; forward is a third."""
+def _again(recipe: Recipe, part: Part, layers: int, forward: float = 1 / 3) -> float:
+    """Linear layers' work with what is computed again, over that without, of which ``forward`` is forward's share."""
     how = getattr(recipe.train.recompute, part.value)
     if how == Recompute.none or part in recipe.train.freeze:
         return 1.0
     if how == Recompute.full:
         limit = recipe.train.recompute.language_layers if part == Part.language else None
-        return 1 + min(1.0, (layers if limit is None else limit) / layers) / 3
+        return 1 + min(1.0, (layers if limit is None else limit) / layers) * forward
     shape = getattr(recipe.model, part.value)
     matrices = 3 if part == Part.language else 2  # of the MLP
     mlp = matrices * shape.hidden_size * shape.ffn_hidden_size
@@ -206,11 +254,12 @@ def _again(recipe: Recipe, part: Part, layers: int) -> float:
         attention = 2 * shape.hidden_size * (shape.num_attention_heads + shape.num_query_groups) * shape.kv_channels
     else:
         attention = 4 * shape.hidden_size**2
-    return 1 + mlp / (mlp + attention) / 3
+    return 1 + mlp / (mlp + attention) * forward
 
 
-def _sent_per_micro_batch(recipe: Recipe, stage: int, tiles: int, size: int) -> dict[str, float]:
+def _sent_per_micro_batch(recipe: Recipe, stage: int, tiles: int) -> dict[str, float]:
     """Bytes that a rank sends for one micro-batch, forward and backward, inside its model copy."""
+    size = _size(recipe)
     parallel, text, packs = recipe.parallel, recipe.model.language, recipe.train.micro_batch_size
     t, c, layers = parallel.tensor, parallel.context, stage_layers(recipe)[stage]
     rows = recipe.data.sequence_length * packs / c
@@ -238,17 +287,17 @@ def _sent_per_micro_batch(recipe: Recipe, stage: int, tiles: int, size: int) -> 
     }
 
 
-def _trained(recipe: Recipe, stage: int) -> int:
-    weights = stage_weights(recipe, stage)
-    return sum(weights.of(part) for part in Part if part not in recipe.train.freeze)
+def _size(recipe: Recipe) -> int:
+    """Bytes of an activation."""
+    return 2 if recipe.precision.dtype == Dtype.bf16 else 4
 
 
-def _data_bytes(recipe: Recipe, copies: int, trained: int, size: int) -> tuple[float, float]:
+def _data_bytes(recipe: Recipe, copies: int, trained: int) -> tuple[float, float]:
     """Bytes that a rank sends in rings, once a step, to reduce the gradients and to gather the parameters."""
     ranks = copies * recipe.parallel.context
     one = trained * (ranks - 1) / ranks  # elements
     if recipe.parallel.distributed_optimizer:
-        return 4.0 * one, one * size
+        return 4.0 * one, one * _size(recipe)
     return 2 * 4.0 * one, 0.0  # an all-reduce
 
 

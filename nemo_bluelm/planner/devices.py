@@ -60,5 +60,5 @@ def find_device(name: str) -> Device:
         UserError: the planner doesn't know it.
     """
     if name not in DEVICES:
-        raise UserError(f"--device is {name}; it must be one of {', '.join(DEVICES)}")
+        raise UserError(f"--device is {name or 'empty'}; it must be one of {', '.join(DEVICES)}")
     return DEVICES[name]

@@ -17,6 +17,7 @@ from nemo_bluelm.model.flops import Flops
 from nemo_bluelm.planner.cost import Estimate, estimate, step_flops
 from nemo_bluelm.planner.devices import GPUS_PER_NODE, Device
 from nemo_bluelm.planner.memory import GIB, Memory, notable_stages, stage_memory, stages_memory
+from nemo_bluelm.planner.teacher import distills, teacher_problems
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -218,11 +219,12 @@ def _splits(
     layers, batch = recipe.model.language.num_layers, recipe.train.global_batch_size
     sizes = [n for n in _POWERS if world_size % n == 0]
     flops = step_flops(recipe, tiles)
+    contexts = [n for n in sizes if n == 1 or recipe.data.sequence_length >= n * TOKENS_PER_RANK]
     comms = tuple(dict.fromkeys((recipe.parallel.context_comm, ContextComm.all_gather)))
     for tensor, pipeline, context, packs in product(
         [n for n in sizes if n <= GPUS_PER_NODE],  # tensor parallelism talks too much to leave a node
-        [n for n in sizes if n <= layers],
-        [n for n in sizes if n == 1 or recipe.data.sequence_length >= n * TOKENS_PER_RANK],
+        [1] if distills(recipe) else [n for n in sizes if n <= layers],  # teacher and student meet on one rank
+        contexts[:1] if recipe.train.cuda_graphs else contexts,  # a graph can't see where documents are cut
         (1, 2, 4, 8),
     ):
         copies, rest = divmod(world_size, tensor * pipeline * context)
@@ -245,7 +247,7 @@ def _splits(
                     "train.micro_batch_size": packs,
                 }
                 split = with_settings(recipe, settings | recomputation)
-                if not any(problems(split, world_size)):
+                if not any(problems(split, world_size)) and not any(teacher_problems(split)):
                     yield Layout(split, world_size, device, tiles)
 
 

@@ -3,19 +3,27 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nemo_bluelm.config.schema import ContextComm, Dtype, Part, Recipe, Recompute, geometry_of
-from nemo_bluelm.model.flops import layer_weights
+from nemo_bluelm.config.schema import ContextComm, Dtype, Fp8Recipe, LoraModule, Part, Recipe, Recompute, geometry_of
+from nemo_bluelm.model.flops import adapter_weights, layer_weights
+from nemo_bluelm.planner.teacher import distills, teacher_beside
 
 GIB = 2**30
 
 # What arithmetic alone doesn't give; measured on one H200 with torch 2.11+cu130, Transformer Engine 2.9.0 and
 # megatron-core 0.15.3, single runs, language model trained and ViT frozen, packs of one document of 4,096 tokens. The
 # rows are in tests/planner/planner_measured.py.
-WORKSPACE = 0.5 * GIB  # cuBLAS and TE, and what backward has in hand: 0.5 to 0.7 are left, 1.8 with delayed scaling
+WORKSPACE = 0.5 * GIB  # cuBLAS and TE, and what backward has in hand: 0.5 to 0.7 are left
+DELAYED = 1.3 * GIB  # with delayed scaling 1.8 are left
 GRAPH_POOLS = 2.0 * GIB  # private pools of the layers' CUDA graphs: 67.7 GiB reserved with, 65.2 without
+# Of what ViT and projector keep, another such share: the pools can't be used for them when the layers don't need them.
+# 6.4 and 9.4 GiB, in BF16 and with FP8, of 26.4 that packs of photos and text keep when they have the most tiles.
+GRAPH_VISION = 0.28
 # Reserved by PyTorch's allocator / allocated, at the peak: 1.04 in BF16 (85.4/82.3, 65.2/62.5), 1.07 with FP8
 # (87.5/81.8, 88.9/83.0).
 FRAGMENTATION = 1.055
+# Bytes of each logit that the divergence from a teacher has at its peak, beside both models' logits: counted in
+# layers/divergence.py, of all tokens and of the likeliest ones.
+DIVERGENCE, TOP_K_DIVERGENCE = 12, 17
 OUTSIDE = 1.2 * GIB  # not PyTorch's: CUDA's context 0.5, NCCL's buffers; a guess, not measured
 
 
@@ -30,7 +38,8 @@ class Memory:
         fp8: FP8 copies of weights, each with its transpose.
         vision: what ViT and projector keep for backward.
         language: what embedding and decoder layers keep for backward.
-        logits: output layer and cross entropy.
+        logits: output layer, cross entropy, divergence from a teacher.
+        teacher: a frozen model beside this one: its weights, and the most that its forward pass has at once.
         overhead: workspaces and CUDA graphs.
     """
 
@@ -41,6 +50,7 @@ class Memory:
     vision: float
     language: float
     logits: float
+    teacher: float
     overhead: float
 
     @property
@@ -108,7 +118,7 @@ def stage_weights(recipe: Recipe, stage: int) -> Weights:
     """Parameters that a rank of stage ``stage`` of the pipeline holds.
 
     Tensor-parallel ranks share the language model's matrices; ViT and projector are whole on the first stage. With
-    tied embeddings first and last stage have a copy each.
+    tied embeddings first and last stage have a copy each. LoRA's adapters are the language model's.
     """
     model, parallel = recipe.model, recipe.parallel
     vision, text, shape = model.vision, model.language, geometry_of(model)
@@ -120,8 +130,18 @@ def stage_weights(recipe: Recipe, stage: int) -> Weights:
         in_vision += vision.num_layers * (4 * (h + 1) * h + 2 * h * f + f + h + 4 * h)
         in_projector = 2 * folded + (folded + 1) * d + (d + 1) * d
     tables = (stage == 0) + (last and not (stage == 0 and text.share_embeddings_and_output_weights))
-    in_language = stage_layers(recipe)[stage] * (layer_weights(text) // parallel.tensor + 2 * d)
+    matrices = layer_weights(text) + adapter_weights(text, recipe.train.lora)
+    in_language = stage_layers(recipe)[stage] * (matrices // parallel.tensor + 2 * d)
     return Weights(in_vision, in_projector, in_language + tables * text.vocab_size * d // parallel.tensor + last * d)
+
+
+def stage_trained(recipe: Recipe, stage: int) -> int:
+    """Those of :func:`stage_weights` that are trained: with LoRA the language model's adapters alone."""
+    weights = {part: stage_weights(recipe, stage).of(part) for part in Part if part not in recipe.train.freeze}
+    lora, text = recipe.train.lora, recipe.model.language
+    if lora.rank:
+        weights[Part.language] = stage_layers(recipe)[stage] * (adapter_weights(text, lora) // recipe.parallel.tensor)
+    return sum(weights.values())
 
 
 def most_tiles(recipe: Recipe) -> int:
@@ -149,22 +169,26 @@ def stage_memory(recipe: Recipe, data_parallel: int, stage: int, tiles: int) -> 
     train, parallel, text = recipe.train, recipe.parallel, recipe.model.language
     mixed = recipe.precision.dtype == Dtype.bf16
     size, owned = (2 if mixed else 4), stage_weights(recipe, stage)
-    trained = sum(owned.of(part) for part in Part if part not in train.freeze)
+    trained = stage_trained(recipe, stage)
     shards = data_parallel * parallel.context if parallel.distributed_optimizer else 1
     tokens = recipe.data.sequence_length * train.micro_batch_size // parallel.context  # of a micro-batch, on this rank
     last = stage == parallel.pipeline - 1
     row = text.hidden_size / (parallel.tensor if parallel.sequence else 1) * size
     # TE's cross entropy puts the logits' gradient in their place.
-    logits = text.vocab_size / parallel.tensor * size + 2 * row if last else 0
+    logits = text.vocab_size / parallel.tensor * (size + _divergence(recipe)) + 2 * row if last else 0
+    vision = _vision(recipe, data_parallel, tiles, size) if stage == 0 else 0
+    delayed = DELAYED if recipe.precision.fp8.recipe == Fp8Recipe.delayed else 0
+    graphs = GRAPH_POOLS + GRAPH_VISION * vision if train.cuda_graphs else 0
     return Memory(
         weights=sum(owned) * size,
         gradients=trained * 4,
         optimizer=trained * (12 if mixed else 8) / shards,
         fp8=2 * _fp8_weights(recipe, stage),
-        vision=_vision(recipe, data_parallel, tiles, size) if stage == 0 else 0,
+        vision=vision,
         language=tokens * _language(recipe, data_parallel, stage, tiles, size),
         logits=tokens * logits,
-        overhead=WORKSPACE + (GRAPH_POOLS if train.cuda_graphs else 0),
+        teacher=_teacher(recipe, data_parallel, tiles),
+        overhead=WORKSPACE + delayed + graphs,
     )
 
 
@@ -173,21 +197,38 @@ def stages_memory(recipe: Recipe, data_parallel: int, tiles: int) -> list[Memory
     return [stage_memory(recipe, data_parallel, stage, tiles) for stage in range(recipe.parallel.pipeline)]
 
 
+def _divergence(recipe: Recipe) -> int:
+    if not distills(recipe):
+        return 0
+    whole = recipe.distill.teacher is not None and recipe.distill.top_k is None
+    return DIVERGENCE if whole else TOP_K_DIVERGENCE
+
+
+def _teacher(recipe: Recipe, data_parallel: int, tiles: int) -> float:
+    beside = teacher_beside(recipe)
+    if beside is None:
+        return 0
+    found = stage_memory(beside, data_parallel, 0, tiles)
+    return found.weights + max(found.vision, found.language, found.logits)
+
+
 def _fp8_weights(recipe: Recipe, stage: int) -> float:
     fp8, model = recipe.precision.fp8, recipe.model
     if fp8.recipe is None:
         return 0
     weights = 0.0
     if Part.language in fp8.parts:
-        weights += _fp8_layers(recipe, stage) * layer_weights(model.language) / recipe.parallel.tensor
+        weights += fp8_layers(recipe, stage) * layer_weights(model.language) / recipe.parallel.tensor
     if Part.vision in fp8.parts and stage == 0:
         h, f = model.vision.hidden_size, model.vision.ffn_hidden_size
         weights += model.vision.num_layers * (4 * h * h + 2 * h * f)
     return weights
 
 
-def _fp8_layers(recipe: Recipe, stage: int) -> int:
-    """Decoder layers of a stage that are in FP8 when the language model is; virtual stages are taken for whole ones."""
+def fp8_layers(recipe: Recipe, stage: int) -> int:
+    """Decoder layers of a stage that are in FP8; virtual stages are taken for whole ones."""
+    if not _is_fp8(recipe, Part.language):
+        return 0
     counts, fp8, total = stage_layers(recipe), recipe.precision.fp8, recipe.model.language.num_layers
     start = sum(counts[:stage])
     first, end = max(start, fp8.bf16_first_layers), min(start + counts[stage], total - fp8.bf16_last_layers)
@@ -198,20 +239,21 @@ def _layer(recipe: Recipe, size: int, fp8: bool) -> Kept:
     """One decoder layer."""
     text, parallel = recipe.model.language, recipe.parallel
     t, c, d = parallel.tensor, parallel.context, text.hidden_size
-    row = d / (t if parallel.sequence else 1)  # outside attention and MLP
+    row, ffn = d / (t if parallel.sequence else 1), text.ffn_hidden_size / t  # outside attention and MLP, in it
     queries, keys = text.num_attention_heads * text.kv_channels / t, text.num_query_groups * text.kv_channels / t
-    operand = 1 if fp8 else size  # what a matrix product keeps of its input
-    if Part.language in recipe.train.freeze:
-        operand = 0  # only a weight's gradient needs it
+    lora, is_frozen = recipe.train.lora, Part.language in recipe.train.freeze or recipe.train.lora.rank > 0
+    # What a matrix product keeps of its input, which only the gradient of a weight needs, an adapter's too.
+    plain = 0 if is_frozen else 1 if fp8 else size
+    operand = {module: size if lora.rank and module in lora.modules else plain for module in LoraModule}
     # Queries and keys after RoPE and a copy of the values; TE wants them contiguous, so the projection's output goes.
     qkv = (queries + 2 * keys) * size
     if c > 1 and parallel.context_comm == ContextComm.all_gather:
         qkv += (2 * c + 1) / 2 * 2 * keys * size  # keys and values that this rank's two chunks see
-    out = queries * size + 4 * text.num_attention_heads / t + (queries if fp8 and operand else 0)
+    out = queries * size + 4 * text.num_attention_heads / t + (queries if fp8 and plain else 0)
     return Kept(
         input=row * size,
-        attention=row * operand + qkv + out,
-        mlp=row * size + row * operand + 2 * text.ffn_hidden_size / t * size + text.ffn_hidden_size / t * operand,
+        attention=row * operand[LoraModule.linear_qkv] + qkv + out,
+        mlp=row * (size + operand[LoraModule.linear_fc1]) + ffn * (2 * size + operand[LoraModule.linear_fc2]),
     )
 
 
@@ -220,7 +262,7 @@ def _language(recipe: Recipe, data_parallel: int, stage: int, tiles: int, size: 
     freeze, recompute, layers = set(recipe.train.freeze), recipe.train.recompute, stage_layers(recipe)[stage]
     if Part.language in freeze and (tiles == 0 or {Part.vision, Part.projector} <= freeze):
         return sum(_layer(recipe, size, False))  # a layer at work, nothing kept
-    in_fp8 = _fp8_layers(recipe, stage) if _is_fp8(recipe, Part.language) else 0
+    in_fp8 = fp8_layers(recipe, stage)
     plain, quantised = _layer(recipe, size, False), _layer(recipe, size, True)
     how = recompute.language
     again = layers

@@ -3,14 +3,15 @@
 from dataclasses import replace
 from typing import Any, Optional
 
-from nemo_bluelm.config.checks import check_recipe
+from nemo_bluelm.config.checks import check_all_but_layout, check_recipe
 from nemo_bluelm.config.layout import problems
 from nemo_bluelm.config.schema import ParallelConfig, Recipe
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.model.flops import pack_flops
+from nemo_bluelm.planner.cost import model_flops, step_flops
 from nemo_bluelm.planner.devices import Device
-from nemo_bluelm.planner.layouts import WORLDS, Layout, best, check_device, fastest, nearest, scaling
+from nemo_bluelm.planner.layouts import WORLDS, Layout, best, check_device, fastest, nearest, scaling, with_batch
 from nemo_bluelm.planner.memory import stage_weights
+from nemo_bluelm.planner.teacher import teacher_beside
 
 
 def parameters(recipe: Recipe) -> dict[str, int]:
@@ -19,18 +20,28 @@ def parameters(recipe: Recipe) -> dict[str, int]:
     return {**counts._asdict(), "total": sum(counts)}
 
 
+def teacher_summary(recipe: Recipe) -> Optional[dict[str, Any]]:
+    """The run that ``distill.teacher`` names and its :func:`parameters`, None of a run that isn't there yet; None
+    without a teacher."""
+    if recipe.distill.teacher is None:
+        return None
+    beside = teacher_beside(recipe)
+    return {"run": recipe.distill.teacher, "params": beside and parameters(beside)}
+
+
 def flops_summary(recipe: Recipe, tiles: int, with_text: bool = False) -> dict[str, Any]:
     """Model FLOPs: of a token of text, of a token of a pack with ``tiles`` tiles, of a step and of the run.
 
-    Packs are taken to be one document of full length, so these are the most that they can be.
+    Packs are taken to be one document of full length, so these are the most that they can be. A frozen teacher's
+    forward pass is counted, except under "pack".
 
     Args:
         with_text: the same for packs without tiles, under "text".
     """
-    train, length = recipe.train, recipe.data.sequence_length
-    pack, text = (pack_flops(recipe.model, [length], count, train.freeze) for count in (tiles, 0))
-    found = {"tiles_per_pack": tiles, "per_text_token": text.total / length, **_totals(recipe, pack.total)}
-    return {**found, "pack": pack.to_dict(), "text": _totals(recipe, text.total) if with_text else None}
+    pack, text = (model_flops(recipe, count) for count in (tiles, 0))
+    found = {"tiles_per_pack": tiles, "per_text_token": text / recipe.data.sequence_length, **_totals(recipe, pack)}
+    of_pack = step_flops(recipe, tiles).to_dict()
+    return {**found, "pack": of_pack, "text": _totals(recipe, text) if with_text else None}
 
 
 def _totals(recipe: Recipe, pack: int) -> dict[str, float]:
@@ -121,16 +132,14 @@ def check_layout(
     Raises:
         UserError: the recipe cannot train.
     """
+    check_all_but_layout(recipe)
     try:
         check_recipe(recipe, world_size)
     except UserError as error:
         # Written for `train`; here the number of processes has another option.
         message, problem = (
-            text and text.replace("--nproc", "--world-size")
-            for text in (str(error), next(problems(recipe, world_size), None))
+            text.replace("--nproc", "--world-size") for text in (str(error), next(problems(recipe, world_size)))
         )
-        if not (problem and message.startswith(problem)):  # not the layout's fault
-            raise
         if proposing:
             return problem
         closest = nearest(recipe, world_size, device, tiles) if world_size and device else None
@@ -148,6 +157,14 @@ def _enough(recipe: Recipe, world_size: int, device: Device, tiles: int) -> Opti
 
 
 def _too_few(recipe: Recipe, world_size: int, device: Device, tiles: int) -> str:
+    packs = recipe.train.global_batch_size
+    if packs % world_size:  # perhaps all that is wrong: the batch is only doubled
+        even = max(1, round(packs / world_size)) * world_size
+        if best(with_batch(recipe, even), world_size, device, tiles):
+            return (
+                f"train.global_batch_size is {packs}, which --world-size {world_size} can't share evenly in any layout "
+                f"that fits; set train.global_batch_size={even}"
+            )
     enough = _enough(recipe, world_size, device, tiles)
     wayout = f"set --world-size {enough}" if enough else "lower data.sequence_length or choose a smaller model"
     return f"--world-size is {world_size}; no layout fits that many {device.name}, {wayout}"

@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from nemo_bluelm.runtime.run_dir import checkpoint_path, published
+from nemo_bluelm.runtime.run_dir import checkpoint_path, published, step_of
 
 
 class Checkpoints(Callback):
@@ -23,6 +23,7 @@ class Checkpoints(Callback):
     def __init__(self, run_dir: Path, files: dict[str, bytes], save_every: int, keep: int):
         self.run_dir, self.files, self.save_every, self.keep = run_dir, files, save_every, keep
         self.last_saved: Optional[int] = None
+        self.protected: set[int] = set()  # steps whose checkpoints are kept however old they are
 
     def on_train_batch_end(self, trainer: Trainer, *args) -> None:
         if trainer.global_step % self.save_every == 0:
@@ -61,6 +62,8 @@ class Checkpoints(Callback):
     def _prune(self) -> None:
         if self.keep > 0:
             for old in published(self.run_dir)[: -self.keep]:
+                if step_of(old) in self.protected:
+                    continue
                 doomed = old.with_name(f".{old.name}.deleting")
                 os.replace(old, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)

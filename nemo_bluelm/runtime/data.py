@@ -186,6 +186,11 @@ class PackDataModule(L.LightningDataModule):
         """
         self.loader.plan.restore(state)
 
+    @property
+    def bad_samples(self) -> int:
+        """Those that this rank has met."""
+        return self.loader.bad_samples
+
     def tokens_by_source(self) -> dict[str, int]:
         """Real tokens that the run has trained on up to the end of the last step, bad samples' planned ones included.
 

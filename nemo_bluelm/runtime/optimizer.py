@@ -57,5 +57,8 @@ def _divide_by_targets(model: Sequence[torch.nn.Module], num_tokens: Tensor) -> 
     last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
     torch.distributed.broadcast(num_tokens, last_stage, group=parallel_state.get_pipeline_model_parallel_group())
     torch.distributed.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    scale = 1.0 / num_tokens.clamp(min=1)
     for chunk in model:
-        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
+        for buffer in chunk.buffers:
+            # As scale_gradients, whose product with a tensor of one element takes a kernel that is half as fast.
+            torch._foreach_mul_([buffer.grad_data], scale)

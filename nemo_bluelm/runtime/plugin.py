@@ -1,9 +1,11 @@
 """BlueLM as a NeMo plugin: the LightningModule that NeMo's MegatronStrategy drives."""
 
 import dataclasses
+import hashlib
 from typing import Optional
 
 import lightning.pytorch as L
+import torch
 from megatron.core import parallel_state
 from nemo import lightning as nl
 from nemo.lightning import io
@@ -85,6 +87,14 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
         """NeMo looks it up on the class, as a property."""
         return self._loss
 
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        """Dropout of adapters is a function of seed and step, so that a resumed run goes on as if it had not stopped;
+        ranks that share tensors drop the same."""
+        if self.recipe.train.lora.dropout:
+            data, pipe = parallel_state.get_data_parallel_rank(True), parallel_state.get_pipeline_model_parallel_rank()
+            text = f"{self.recipe.seed}/{self.trainer.global_step}/{data}/{pipe}"
+            torch.cuda.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1)
+
     def data_step(self, dataloader_iter) -> PackedBatch:
         """The next micro-batch, on this rank's device."""
         batch, _, _ = next(dataloader_iter)
@@ -110,7 +120,8 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
 
     def step_flops(self, lengths: list[int], tiles: int) -> int:
         """Model FLOPs of one micro-batch: documents of ``lengths`` real tokens, and their tiles."""
-        return pack_flops(self.recipe.model, lengths, tiles, self.recipe.train.freeze).total
+        train = self.recipe.train
+        return pack_flops(self.recipe.model, lengths, tiles, train.freeze, train.lora).total
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """One pack through this rank's part: row losses [1, S / context size] on the last stage."""

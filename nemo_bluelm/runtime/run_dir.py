@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from nemo_bluelm.config.schema import Part
 from nemo_bluelm.errors import UserError
@@ -13,6 +13,18 @@ WEIGHTS_DIR = "weights"  # NeMo's name
 RECIPE_FILE, TOKENIZER_FILE = "recipe.yaml", "tokenizer.json"  # beside the weights in every checkpoint
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"  # held by the run that writes into the folder
+
+
+class Origin(NamedTuple):
+    """Where parts of a fresh run's model come from; ``key`` is the recipe's that says so."""
+
+    key: str
+    checkpoint: Path
+    parts: tuple[Part, ...]
+
+    def parts_there(self) -> set[Part]:
+        """Those of them that the checkpoint has."""
+        return parts_in(self.checkpoint) & set(self.parts)
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -37,8 +49,21 @@ def newest(run_dir: Path) -> Optional[Path]:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The metrics of a run, a dict a step."""
-    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    """The metrics of a run, a dict a step; a last line that was cut off is none.
+
+    Raises:
+        UserError: a line is no step's.
+    """
+    path, rows = run_dir / METRICS_FILE, []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} line {number} is {line.strip()[:40]!r}, no step's metrics; remove it") from error
+    return rows
 
 
 def resolve_checkpoint(path: str, key: str) -> Path:

@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -16,6 +16,7 @@ from nemo_bluelm.config.schema import Dtype, Recipe
 from nemo_bluelm.model.config import TORCH_DTYPE
 from nemo_bluelm.runtime.environment import Launch
 from nemo_bluelm.runtime.partial import joined, split
+from nemo_bluelm.runtime.run_dir import Origin
 from nemo_bluelm.runtime.storage import reading, without_manager
 
 
@@ -24,7 +25,12 @@ class Strategy(nl.MegatronStrategy):
 
     NeMo's own ``save_checkpoint`` and ``load_checkpoint`` also carry ModelOpt state and import all of
     ``nemo.collections.llm`` for it, which takes seconds and a dozen more packages.
+
+    Attributes:
+        origins: where the weights of a fresh run come from; it may have more parts than they have.
     """
+
+    origins: Sequence[Origin] = ()
 
     def optimizer_step(self, optimizer, closure, model=None, **kwargs) -> Any:
         """One optimizer step; ``grad_norm`` is its gradient norm before clipping, the same number on all ranks.
@@ -56,20 +62,23 @@ class Strategy(nl.MegatronStrategy):
             sharded["optimizer"] = [self.optimizer_sharded_state_dict(is_loading=True, metadata=metadata)]
         if not selective_restore:
             return self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state_dict=sharded, strict=True)
-        # A run starts from these weights (init_from): it may have other parts.
-        state = split(sharded["state_dict"], Path(checkpoint_path))
-        found = {"state_dict": state.found}
-        loaded = self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state_dict=found, strict=True)
-        return {"state_dict": joined(loaded["state_dict"], state.new)}
+        loaded, rest = [], sharded["state_dict"]
+        for origin in self.origins:
+            found, rest = split(rest, origin)
+            with reading(origin.checkpoint):
+                state = {"state_dict": found}
+                state = self.checkpoint_io.load_checkpoint(origin.checkpoint, sharded_state_dict=state, strict=True)
+            loaded.append(state["state_dict"])
+        return {"state_dict": joined(*loaded, rest)}
 
 
-def build_strategy(recipe: Recipe, init_from: Optional[Path]) -> Strategy:
-    """The strategy for a recipe's layout; ``init_from`` is a checkpoint whose weights a fresh run starts from."""
+def build_strategy(recipe: Recipe, origins: Sequence[Origin] = ()) -> Strategy:
+    """The strategy for a recipe's layout; a fresh run starts from the weights of ``origins``."""
     parallel, bf16 = recipe.parallel, recipe.precision.dtype == Dtype.bf16
     restore = None
-    if init_from is not None:
-        restore = nl.RestoreConfig(path=str(init_from), load_model_state=True, load_optim_state=False)
-    return Strategy(
+    if origins:
+        restore = nl.RestoreConfig(path=str(origins[0].checkpoint), load_model_state=True, load_optim_state=False)
+    strategy = Strategy(
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -91,6 +100,8 @@ def build_strategy(recipe: Recipe, init_from: Optional[Path]) -> Strategy:
         ckpt_optim_fully_reshardable=True,
         restore_config=restore,
     )
+    strategy.origins = origins
+    return strategy
 
 
 def build_trainer(recipe: Recipe, strategy: Strategy, callbacks: list[Callback]) -> nl.Trainer:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from nemo_bluelm.children import python_environment
 from nemo_bluelm.config.checks import check_machine, check_recipe
-from nemo_bluelm.config.compose import load_recipe
+from nemo_bluelm.config.compose import NO_CHECKPOINTS, load_recipe
 from nemo_bluelm.config.pipeline import Pipeline, Stage
 from nemo_bluelm.config.schema import DistillConfig, Recipe
 from nemo_bluelm.data.open import find
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.parent import bound_to_this_process
-from nemo_bluelm.runtime.run_dir import newest, resolve_checkpoint, step_of
-from nemo_bluelm.train.continuity import check_init, check_resume, check_shapes
+from nemo_bluelm.runtime.run_dir import Origin, newest, resolve_checkpoint, step_of
+from nemo_bluelm.train.continuity import check_init, check_resume, check_shapes, origin_parts
 from nemo_bluelm.train.pruning import prune
 
 PRUNING_PACKS = 32  # of calibration
@@ -51,7 +51,7 @@ def run_pipeline(pipeline: Pipeline, nproc: int) -> int:
         print(f"{place}: {'pruning to the shape of ' if stage.teacher else ''}{stage.recipe}", file=sys.stderr)
         command = [sys.executable, "-m", "nemo_bluelm.cli.main", *_arguments(stage, pipeline, nproc)]
         environment = {**os.environ, **python_environment(), **bound_to_this_process()}
-        code = _wait(subprocess.Popen(command, env=environment))
+        code = _run(command, environment)
         if code < 0:
             name = signal.Signals(-code).name
             print(f"{place}: ended by {name}; the same command goes on from its newest checkpoint", file=sys.stderr)
@@ -68,7 +68,7 @@ def load_stage(stage: Stage) -> Recipe:
         UserError: as ``load_recipe``, the stage named.
     """
     # What a pruned student starts and learns from is not needed to prune.
-    unneeded = ["init_from=null", "distill.teacher=null"] if stage.teacher else []
+    unneeded = NO_CHECKPOINTS if stage.teacher else ()
     try:
         recipe = load_recipe(stage.recipe, [*unneeded, *stage.overrides])
         return replace(recipe, distill=DistillConfig()) if stage.teacher else recipe
@@ -103,12 +103,13 @@ def _check(stage: Stage, pipeline: Pipeline, recipes: dict[str, Recipe], done: d
         if step_of(newest(stage.folder)) >= recipe.train.steps:
             return True
     tokenizer, _ = find(recipe.data)
-    if recipe.init_from is not None and not begun:
-        origin = next((s for s in pipeline.stages if Path(recipe.init_from) == s.folder), None)
+    for key, parts in ({} if begun else origin_parts(recipe)).items():
+        folder = getattr(recipe, key)
+        origin = next((s for s in pipeline.stages if Path(folder) == s.folder), None)
         if origin is None:
-            check_init(recipe, resolve_checkpoint(recipe.init_from, "init_from"), tokenizer.content)
+            check_init(recipe, Origin(key, resolve_checkpoint(folder, key), parts), tokenizer.content)
         else:
-            check_shapes(recipe, recipes[origin.name])
+            check_shapes(recipe, recipes[origin.name], parts, key)
     return False
 
 
@@ -121,14 +122,14 @@ def _arguments(stage: Stage, pipeline: Pipeline, nproc: int) -> list[str]:
     return ["train", stage.recipe, *stage.overrides, *(["--nproc", str(nproc)] if nproc > 1 else [])]
 
 
-def _wait(process: subprocess.Popen) -> int:
-    """The exit code of a stage. Ctrl-C reaches it from the terminal, SIGTERM is passed on: it saves before it ends."""
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    """The exit code of a stage. SIGINT and SIGTERM are passed on to it: it saves before it ends."""
+    # In a session of its own: Ctrl-C in a terminal would reach it beside what is passed on, and a second one ends it.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    passed_on = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda got, frame: process.send_signal(got)) for number in passed_on}
     try:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                continue
+        return process.wait()
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

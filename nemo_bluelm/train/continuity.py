@@ -1,6 +1,6 @@
 """Which checkpoint a run may go on from or start from: the keys that its weights and its data depend on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.config.schema import Part, Recipe
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE, parts_in
+from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE, Origin, resolve_checkpoint
 
 # A resumed run must keep these to give what the uninterrupted run would have given; other keys may change.
 KEPT_ON_RESUME = (
@@ -22,6 +22,9 @@ KEPT_ON_RESUME = (
     "distill.",
     "train.lora.",
     "parallel.context",
+    "objective",
+    "grpo.",
+    "environments.",
 )
 # The plan's identity tells whether the content of root and tokenizer is the same; the rest changes no token or pixel.
 MAY_MOVE = (
@@ -32,6 +35,8 @@ MAY_MOVE = (
     "data.decode.device",
     "data.decode.threads",
     "data.decode.prefetch",
+    "grpo.validation.",
+    "grpo.generation.batch",
 )
 WEIGHT_SHAPES = {
     Part.vision: ("model.vision.", "model.geometry.tile", "model.geometry.patch"),
@@ -52,7 +57,7 @@ def check_resume(recipe: Recipe, checkpoint: Path) -> None:
     Raises:
         UserError: naming the key and both values.
     """
-    key, now, then = _first_difference(recipe, _recipe_of(checkpoint), KEPT_ON_RESUME, MAY_MOVE)
+    key, now, then = first_difference(recipe, _recipe_of(checkpoint), KEPT_ON_RESUME, MAY_MOVE)
     if key:
         raise UserError(
             f"{key} is {now}, but the run in {recipe.run_dir} was started with {then}; "
@@ -60,7 +65,25 @@ def check_resume(recipe: Recipe, checkpoint: Path) -> None:
         )
 
 
-def check_init(recipe: Recipe, checkpoint: Path, tokenizer: bytes) -> None:
+def origin_parts(recipe: Recipe) -> dict[str, tuple[Part, ...]]:
+    """The parts that a fresh run starts with from each checkpoint, by the recipe's key that names it."""
+    if recipe.init_vision_from is None:
+        return {} if recipe.init_from is None else {"init_from": tuple(Part)}
+    others = tuple(part for part in Part if part is not Part.vision)
+    return {**({} if recipe.init_from is None else {"init_from": others}), "init_vision_from": (Part.vision,)}
+
+
+def find_origins(recipe: Recipe) -> list[Origin]:
+    """
+    Raises:
+        UserError: a folder that is no checkpoint.
+    """
+    return [
+        Origin(key, resolve_checkpoint(getattr(recipe, key), key), parts) for key, parts in origin_parts(recipe).items()
+    ]
+
+
+def check_init(recipe: Recipe, origin: Origin, tokenizer: bytes) -> None:
     """Refuse weights of another shape, or weights whose token ids mean other tokens.
 
     Args:
@@ -69,42 +92,71 @@ def check_init(recipe: Recipe, checkpoint: Path, tokenizer: bytes) -> None:
     Raises:
         UserError: naming the key and both values.
     """
-    origin, parts = _recipe_of(checkpoint), parts_in(checkpoint)
-    check_shapes(recipe, origin, parts)
+    key, checkpoint, _ = origin
+    parts = origin.parts_there()
+    check_shapes(recipe, _recipe_of(checkpoint), parts, key)
     if Part.language in parts and tokenizer != (checkpoint / TOKENIZER_FILE).read_bytes():
         raise UserError(
-            f"data.tokenizer {recipe.data.tokenizer} in data.root is not the tokenizer that init_from "
-            f"{recipe.init_from} was trained with; use {checkpoint / TOKENIZER_FILE}"
+            f"data.tokenizer {recipe.data.tokenizer} in data.root is not the tokenizer that {key} "
+            f"{getattr(recipe, key)} was trained with; use {checkpoint / TOKENIZER_FILE}"
         )
 
 
-def check_shapes(recipe: Recipe, origin: Recipe, parts: Iterable[Part] = tuple(Part)) -> None:
+def check_frozen(recipe: Recipe, origins: Sequence[Origin]) -> None:
+    """Refuse to freeze what no checkpoint has weights of, in a run that starts from one and sees images.
+
+    Raises:
+        UserError: naming the part.
+    """
+    there = set().union(*(origin.parts_there() for origin in origins))
+    for part in recipe.train.freeze if origins else ():
+        if part not in there:
+            named = " and ".join(f"{origin.key} {getattr(recipe, origin.key)}" for origin in origins)
+            key = "init_vision_from" if part is Part.vision else "init_from"
+            raise UserError(
+                f"train.freeze has {part.value}, but there are no weights of it in {named}, and it would stay random; "
+                f"set {key} to a checkpoint that has them, or train it"
+            )
+
+
+def check_shapes(
+    recipe: Recipe, origin: Recipe, parts: Iterable[Part] = tuple(Part), origin_key: str = "init_from"
+) -> None:
     """Refuse to start from weights of another shape, or to lose adapters.
 
     Args:
-        origin: the recipe that the weights of ``init_from`` are or will be trained with.
+        origin: the recipe that the weights are or will be trained with.
         parts: those that there are weights of; the shapes of others don't matter.
+        origin_key: the recipe's key that names them.
 
     Raises:
         UserError: naming the key and both values.
     """
     keys = tuple(key for part in parts for key in WEIGHT_SHAPES[part])
-    key, now, then = _first_difference(recipe, origin, keys, NO_SHAPE)
+    named = f"{origin_key} {getattr(recipe, origin_key)}"
+    key, now, then = first_difference(recipe, origin, keys, NO_SHAPE)
     if key:
-        raise UserError(f"{key} is {now}, but init_from {recipe.init_from} was trained with {then}; make them equal")
-    rank = origin.train.lora.rank
-    if rank and recipe.train.lora.rank != rank and Part.language in parts:
-        raise UserError(
-            f"train.lora.rank is {recipe.train.lora.rank}, but init_from {recipe.init_from} has adapters of rank "
-            f"{rank}; set train.lora.rank={rank}, or take them into the weights with 'nemo-bluelm merge'"
-        )
+        raise UserError(f"{key} is {now}, but {named} was trained with {then}; make them equal")
+    if origin.train.lora.rank and Part.language in parts:
+        key, now, then = first_difference(recipe, origin, ("train.lora.",), ("train.lora.dropout",))
+        if key:
+            raise UserError(
+                f"{key} is {now}, but {named} has adapters with {then}; make them equal, or take the adapters into the "
+                "weights with 'nemo-bluelm merge'"
+            )
 
 
 def _recipe_of(checkpoint: Path) -> Recipe:
     return load_recipe(str(checkpoint / RECIPE_FILE), [])
 
 
-def _first_difference(recipe: Recipe, other: Recipe, keys: tuple, but: tuple) -> tuple[str, Any, Any]:
+def first_difference(recipe: Recipe, other: Recipe, keys: tuple, but: tuple) -> tuple[str, Any, Any]:
+    """The first key in which two recipes differ, and both values; the key is empty where they don't.
+
+    Args:
+        keys: keys that matter, or the beginnings of them.
+        but: those of them that don't.
+    """
     now, then = _flat(recipe), _flat(other)
     for key in sorted(set(now) | set(then)):
         matters = key.startswith(keys) and not key.startswith(but)

@@ -1,8 +1,8 @@
-"""Mistakes in a mixture that show only in what the model has forgotten afterwards."""
+"""Mistakes in a recipe that show only in what the trained model does."""
 
 from typing import Optional
 
-from nemo_bluelm.config.schema import Part, Recipe
+from nemo_bluelm.config.schema import ControlToken, Part, Recipe
 from nemo_bluelm.errors import UserError
 
 # BlueLM-2.5 trains jointly on 40 % text so that text isn't forgotten: fine-tuned on images, BlueLM-3B fell from 60.2
@@ -33,4 +33,14 @@ def text_share_notice(recipe: Recipe, share: float) -> Optional[str]:
     return (
         f"{found}, less than {LEAST_TEXT_SHARE:.0%}: the language model may forget what it knows of text; raise the "
         "weights of text in data.sources, or set train.min_text_share to the share that you want"
+    )
+
+
+def control_token_notice(recipe: Recipe) -> Optional[str]:
+    """A warning in one line where the control token doesn't follow the query, as the paper has it; else None."""
+    if recipe.data.chat.control_token == ControlToken.after_query:
+        return None
+    return (
+        f"data.chat.control_token is {recipe.data.chat.control_token.value}: BlueLM-2.5 is asked to think behind the "
+        "query, and prompts elsewhere have the token there; set after_query unless you compare"
     )

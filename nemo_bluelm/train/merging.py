@@ -1,10 +1,10 @@
 """Write the checkpoint of a LoRA run as one without adapters, for a next stage's ``init_from``."""
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from nemo_bluelm.atomic import new_folder
 from nemo_bluelm.config.compose import load_recipe, to_yaml
 from nemo_bluelm.config.schema import LoraConfig
 from nemo_bluelm.errors import UserError
@@ -27,24 +27,15 @@ def merge(source: str, out: Path) -> Path:
     recipe = load_recipe(str(checkpoint / RECIPE_FILE), [])
     if not recipe.train.lora.rank:
         raise UserError(f"{checkpoint} has no LoRA adapters (its train.lora.rank is 0); use it as it is")
-    if out.exists():
-        raise UserError(f"{out} exists; remove it or choose another folder")
-    from nemo_bluelm.runtime.environment import prepare
+    with new_folder(out) as partial:
+        from nemo_bluelm.runtime.environment import prepare
 
-    prepare()
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / WEIGHTS_DIR).mkdir(parents=True)
+        prepare()
+        (partial / WEIGHTS_DIR).mkdir()
         _merge_into(partial / WEIGHTS_DIR, checkpoint)
         merged = replace(recipe, train=replace(recipe.train, lora=LoraConfig()))
         (partial / RECIPE_FILE).write_text(to_yaml(merged))
         shutil.copyfile(checkpoint / TOKENIZER_FILE, partial / TOKENIZER_FILE)
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"{out} can't be written: {error.strerror}; choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
 
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nemo_bluelm.atomic import write_atomically
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.model.flops import peak_flops
-from nemo_bluelm.runtime.run_dir import METRICS_FILE
+from nemo_bluelm.runtime.run_dir import METRICS_FILE, read_metrics
 from nemo_bluelm.train.later import Later, Stamp, to_device
 
 
@@ -69,10 +69,8 @@ class Metrics(Callback):
         self.peak = peak_flops(torch.cuda.get_device_name()) if module.device.type == "cuda" else None
         if not trainer.is_global_zero:
             return
-        kept = []
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.global_step]
+        rows = read_metrics(self.run_dir) if self.path.exists() else []
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= trainer.global_step]
         write_atomically(self.path, "".join(kept).encode())
         self.file = self.path.open("a", buffering=1)
         self.console = Console(stderr=True)
@@ -99,7 +97,7 @@ class Metrics(Callback):
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             torch.distributed.broadcast(loss, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-        bad_samples = trainer.datamodule.loader.bad_samples
+        bad_samples = trainer.datamodule.bad_samples
         sums = to_device([module.real_tokens, bad_samples, module.model_flops], loss.device)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         module.real_tokens = module.model_flops = 0

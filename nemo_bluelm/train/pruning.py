@@ -1,15 +1,15 @@
 """Prune a checkpoint's language model to a recipe's: calibrate, cut, write a checkpoint that ``init_from`` takes."""
 
 import json
-import os
-import shutil
 from itertools import islice
 from pathlib import Path
 
+from nemo_bluelm.atomic import new_folder
 from nemo_bluelm.config.compose import to_yaml
 from nemo_bluelm.config.schema import Recipe
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE, WEIGHTS_DIR, resolve_checkpoint
+from nemo_bluelm.train.continuity import MAY_MOVE, first_difference
 
 REPORT_FILE = "prune.json"
 
@@ -39,11 +39,13 @@ def prune(teacher: str, out: Path, recipe: Recipe, packs: int) -> bool:
     prepare()
     from nemo_bluelm.config.compose import load_recipe
     from nemo_bluelm.model.prune import check_shapes
-    from nemo_bluelm.train.run import open_data
+    from nemo_bluelm.train.packs import open_packs
 
     wide = load_recipe(str(checkpoint / RECIPE_FILE), [])
+    if wide.train.lora.rank:
+        raise UserError(f"{checkpoint} has LoRA adapters; merge them with 'nemo-bluelm merge' and prune the result")
     check_shapes(wide.model, recipe.model)
-    loader = open_data(recipe)
+    loader = open_packs(recipe)
     content = loader.tokenizer.content
     if content != (checkpoint / TOKENIZER_FILE).read_bytes():
         raise UserError(
@@ -53,19 +55,11 @@ def prune(teacher: str, out: Path, recipe: Recipe, packs: int) -> bool:
     batches = [loader.load(pack).batch for pack in islice(loader.plan, packs)]
     if not batches:
         raise UserError("data.sources give no pack to calibrate with; raise data.sources.NAME.max_epochs")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         report = _cut_into(partial / WEIGHTS_DIR, checkpoint, recipe, batches)
         (partial / RECIPE_FILE).write_text(to_yaml(recipe))
         (partial / TOKENIZER_FILE).write_bytes(content)
         (partial / REPORT_FILE).write_text(json.dumps({**made_of, **report}) + "\n")
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"{out} can't be written: {error.strerror}; choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
@@ -108,9 +102,12 @@ def _check_made(out: Path, made_of: dict, recipe: Recipe) -> None:
         raise UserError(f"{out} exists and was not made by 'nemo-bluelm prune'; remove it or choose another folder")
     then = json.loads((out / REPORT_FILE).read_text())
     for name, value in made_of.items():
-        if then[name] != value:
+        if then.get(name) != value:
             raise UserError(
-                f"{out} was pruned with {name} {then[name]}, and now it is {value}; remove it or choose another folder"
+                f"{out} was pruned with {name} {then.get(name)}, and now it is {value}; remove it or choose another "
+                "folder"
             )
-    if load_recipe(str(out / RECIPE_FILE), []).model != recipe.model:
-        raise UserError(f"{out} was pruned to another shape than the recipe's; remove it or choose another folder")
+    # The data calibrates: which channels are kept depends on it.
+    key, now, then = first_difference(recipe, load_recipe(str(out / RECIPE_FILE), []), ("model.", "data."), MAY_MOVE)
+    if key:
+        raise UserError(f"{out} was pruned with {key} {then}, and now it is {now}; remove it or choose another folder")

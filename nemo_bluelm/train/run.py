@@ -3,13 +3,14 @@
 import fcntl
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from nemo_bluelm.atomic import write_atomically
-from nemo_bluelm.config.checks import alignment, check_machine, check_recipe
+from nemo_bluelm.config.checks import check_machine, check_recipe
 from nemo_bluelm.config.compose import to_yaml
-from nemo_bluelm.config.schema import DecodeDevice, Dtype, Recipe, geometry_of
+from nemo_bluelm.config.schema import DecodeDevice, Dtype, Recipe
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.environment import Launch, prepare, quiet
 from nemo_bluelm.runtime.run_dir import (
@@ -17,16 +18,17 @@ from nemo_bluelm.runtime.run_dir import (
     RECIPE_FILE,
     TOKENIZER_FILE,
     newest,
-    resolve_checkpoint,
     step_of,
 )
-from nemo_bluelm.train.continuity import check_init, check_resume
-from nemo_bluelm.train.guards import text_share_notice
-from nemo_bluelm.train.teachers import check_teacher
+from nemo_bluelm.train.continuity import check_frozen, check_init, check_resume, find_origins
+from nemo_bluelm.train.job import Job, NextToken
 
 
-def train(recipe: Recipe) -> int:
+def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
     """Run a recipe to its last step, going on from the newest checkpoint in its run folder if there is one.
+
+    Args:
+        make_job: opens what the recipe trains on.
 
     Returns:
         Exit code: 0, or 128 + signal number when Ctrl-C or SIGTERM ended the run early with a checkpoint.
@@ -46,19 +48,19 @@ def train(recipe: Recipe) -> int:
             if rank == 0:
                 print(f"{recipe.name} is complete: {resume_from} holds its last step")
             return 0
-    init_from = resolve_checkpoint(recipe.init_from, "init_from") if recipe.init_from else None
+    origins = find_origins(recipe) if resume_from is None else []
 
     quiet()
     if recipe.data.decode.device == DecodeDevice.gpu:
         import torch
 
         torch.cuda.set_device(launch.local_rank)  # the decode backend takes the current one
-    loader = open_data(recipe)
-    if init_from is not None:
-        check_init(recipe, init_from, loader.tokenizer.content)
-    if recipe.distill.teacher is not None:
-        check_teacher(recipe, loader.tokenizer.content)
-    notices = [text_share_notice(recipe, loader.plan.text_share()), *(table.unused() for table in loader.plan.tables)]
+    job = make_job(recipe)
+    for origin in origins:
+        check_init(recipe, origin, job.tokenizer.content)
+    if resume_from is None and job.sees_images:
+        check_frozen(recipe, origins)
+    notices = list(job.notices())
     recipe_yaml = to_yaml(recipe).encode()
     lock = _open_run_dir(run_dir, recipe_yaml) if rank == 0 else None
     for notice in notices if rank == 0 else ():
@@ -71,12 +73,15 @@ def train(recipe: Recipe) -> int:
     from nemo_bluelm.train.interrupt import StopOnSignal
     from nemo_bluelm.train.metrics import Metrics
 
-    files = {RECIPE_FILE: recipe_yaml, TOKENIZER_FILE: loader.tokenizer.content}
+    files = {RECIPE_FILE: recipe_yaml, TOKENIZER_FILE: job.tokenizer.content}
     checkpoints = Checkpoints(run_dir, files, recipe.train.save_every, recipe.train.keep_checkpoints)
     stop = StopOnSignal(checkpoints)
     metrics = Metrics(run_dir, recipe.name, recipe.train.steps, recipe.train.log_every)
-    with writing(run_dir):
-        steps = fit(recipe, loader, [metrics, checkpoints, stop], init_from, resume_from)
+    try:
+        with writing(run_dir):
+            steps = fit(job, [metrics, *job.callbacks(checkpoints), checkpoints, stop], origins, resume_from)
+    finally:
+        job.close()
     if lock is not None:
         lock.close()
     if stop.received:
@@ -87,21 +92,16 @@ def train(recipe: Recipe) -> int:
             )
         return 128 + stop.received
     if steps < recipe.train.steps:
-        raise UserError(
-            f"the data ends after {steps} of {recipe.train.steps} steps, which are saved in {run_dir}: every source "
-            "has been gone through data.sources.NAME.max_epochs times; raise it in a new run_dir, or set "
-            f"train.steps={steps}"
-        )
+        raise UserError(job.ended_early(steps))
     return 0
 
 
-def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=None) -> int:
-    """Build model, optimizer and trainer for a recipe and train; ``prepare`` must have been called.
+def fit(job: Job, callbacks: list, origins=(), resume_from=None) -> int:
+    """Build model, optimizer and trainer of a job and train; ``prepare`` must have been called.
 
     Args:
-        loader: the run's PackLoader.
         callbacks: Lightning callbacks.
-        init_from: checkpoint folder whose weights a fresh run starts from.
+        origins: where the weights of a fresh run come from.
         resume_from: checkpoint folder to go on from, with optimizer and data position.
 
     Returns:
@@ -110,15 +110,12 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
     import torch
     from megatron.core.optimizer import OptimizerConfig
 
-    from nemo_bluelm.runtime.data import PackDataModule
     from nemo_bluelm.runtime.optimizer import Optimizer
     from nemo_bluelm.runtime.param_groups import Multipliers
     from nemo_bluelm.runtime.strategy import build_strategy, build_trainer
-    from nemo_bluelm.train.distill import module_class
-    from nemo_bluelm.train.losses import TokenLoss
     from nemo_bluelm.train.schedules import LearningRate
 
-    optim = recipe.optim
+    recipe, optim = job.recipe, job.recipe.optim
     bf16 = recipe.precision.dtype == Dtype.bf16
     multipliers = Multipliers(optim, recipe.model.vision.num_layers)
     optimizer = Optimizer(
@@ -136,47 +133,15 @@ def fit(recipe: Recipe, loader, callbacks: list, init_from=None, resume_from=Non
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=recipe.parallel.distributed_optimizer,
         ),
-        lr_scheduler=LearningRate(
-            recipe.train.steps, optim, recipe.train.global_batch_size * recipe.data.sequence_length
-        ),
+        lr_scheduler=LearningRate(recipe.train.steps, optim, job.tokens_per_step),
     )
-    model = module_class(recipe)(recipe, loader.tokenizer.image, TokenLoss, optimizer)
-    trainer = build_trainer(recipe, build_strategy(recipe, init_from), callbacks)
-    decode = recipe.data.decode
-    sizes = recipe.train.global_batch_size, recipe.train.micro_batch_size
-    data = PackDataModule(loader, *sizes, decode.threads, decode.prefetch)
+    trainer = build_trainer(recipe, build_strategy(recipe, origins), callbacks)
     try:
-        trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
+        trainer.fit(job.module(optimizer), job.data_module(), ckpt_path=str(resume_from) if resume_from else None)
         return trainer.global_step
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def open_data(recipe: Recipe):
-    """The run's PackLoader, its tokenizer checked against the model.
-
-    Raises:
-        UserError: as ``nemo_bluelm.data.open.open_data``; a tokenizer with more tokens than the model has rows; stored
-            logits of something else.
-    """
-    from nemo_bluelm.data import open as data
-    from nemo_bluelm.data.progress import Lines
-    from nemo_bluelm.data.teacher_logits import TeacherLogits
-
-    progress = Lines() if Launch.from_environment().rank == 0 else None
-    loader = data.open_data(recipe.data, geometry_of(recipe.model), recipe.seed, alignment(recipe), progress)
-    rows = recipe.model.language.vocab_size
-    if loader.tokenizer.vocab_size > rows:
-        raise UserError(
-            f"model.language.vocab_size is {rows}, but the tokenizer in data.root has {loader.tokenizer.vocab_size} "
-            "tokens; raise model.language.vocab_size or choose another tokenizer"
-        )
-    distill = recipe.distill
-    if distill.logits is not None:
-        at_one = distill.temperature == 1 and distill.temperature_end in (None, 1)
-        loader.teacher = TeacherLogits(Path(distill.logits), loader, distill.top_k, rows, at_one)
-    return loader
 
 
 def _open_run_dir(run_dir: Path, recipe_yaml: bytes) -> IO[bytes]:

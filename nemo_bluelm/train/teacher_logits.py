@@ -6,8 +6,6 @@ with its ``--part``.
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,23 +13,25 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_bluelm.atomic import write_atomically
+from nemo_bluelm.atomic import new_folder, write_atomically
 from nemo_bluelm.config.checks import check_recipe
-from nemo_bluelm.config.compose import load_recipe
+from nemo_bluelm.config.compose import NO_CHECKPOINTS, load_recipe
 from nemo_bluelm.config.schema import DistillConfig, Recipe
 from nemo_bluelm.data.plan import Pack, Piece
 from nemo_bluelm.data.table import SourceTable
-from nemo_bluelm.data.teacher_logits import META_FILE, VERSION, read_meta, shard_folder
+from nemo_bluelm.data.teacher_logits import DTYPES, META_FILE, VERSION, read_meta, shard_folder
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.environment import prepare, quiet
 from nemo_bluelm.runtime.run_dir import resolve_checkpoint
-from nemo_bluelm.train.run import open_data
+from nemo_bluelm.train.packs import open_packs
 from nemo_bluelm.train.teachers import check_teacher
 
 TOP_K = 64  # proposed: the paper says nothing
 
 
-def make(teacher: str, recipe: Recipe, out: Path, top_k: int, part: tuple[int, int] = (0, 1)) -> int:
+def make(
+    teacher: str, recipe: Recipe, out: Path, top_k: int, part: tuple[int, int] = (0, 1), dtype: str = DTYPES[0]
+) -> int:
     """Run the teacher over every document once and store its likeliest tokens in ``out``.
 
     Args:
@@ -40,6 +40,7 @@ def make(teacher: str, recipe: Recipe, out: Path, top_k: int, part: tuple[int, i
         out: the folder; what it already has of this teacher is kept.
         top_k: tokens to store of each row; at most the vocabulary.
         part: (number, parts) of the shards that this process works on.
+        dtype: of the stored log-probabilities, one of :data:`DTYPES`.
 
     Returns:
         Shards written now.
@@ -49,16 +50,16 @@ def make(teacher: str, recipe: Recipe, out: Path, top_k: int, part: tuple[int, i
     """
     prepare()
     checkpoint = resolve_checkpoint(teacher, "TEACHER")
-    loader = open_data(recipe)
+    loader = open_packs(recipe)
     check_teacher(replace(recipe, distill=DistillConfig(teacher=teacher)), loader.tokenizer.content)
     vocabulary = recipe.model.language.vocab_size
     if top_k > vocabulary:
         raise UserError(f"--top-k is {top_k}; the vocabulary has {vocabulary} tokens, it must be at most that")
-    meta = {"version": VERSION, "teacher": str(checkpoint), "top_k": top_k, "vocabulary": vocabulary}
+    meta = {"version": VERSION, "teacher": str(checkpoint), "top_k": top_k, "dtype": dtype, "vocabulary": vocabulary}
     try:
         out.mkdir(parents=True, exist_ok=True)
         _claim(out, {**meta, "settings": loader.plan.index.settings})
-        return sum(1 for _ in _shards(checkpoint, loader, out, top_k, part))
+        return sum(1 for _ in _shards(checkpoint, loader, out, top_k, part, dtype))
     except OSError as error:
         raise UserError(f"{out} can't be written: {error.strerror}; choose another folder") from error
 
@@ -73,7 +74,7 @@ def _claim(out: Path, meta: dict) -> None:
             raise UserError(f"{out} was made with {key} {then[key]}, and now it is {value}; choose another folder")
 
 
-def _shards(checkpoint: Path, loader, out: Path, top_k: int, part: tuple[int, int]) -> Iterator[Path]:
+def _shards(checkpoint: Path, loader, out: Path, top_k: int, part: tuple[int, int], dtype: str) -> Iterator[Path]:
     """Writes this part's missing shards, one after the other."""
     from nemo_bluelm.runtime.single import load_model, single_process_world
 
@@ -89,19 +90,14 @@ def _shards(checkpoint: Path, loader, out: Path, top_k: int, part: tuple[int, in
         model, _, _ = load_model(checkpoint)
         for done, (digest, (number, table, place)) in enumerate(missing, 1):
             folder = shard_folder(out, digest)
-            partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-            try:
-                partial.mkdir()
-                bad = _write(partial, model, loader, number, table, place, top_k)
-                os.replace(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            with new_folder(folder) as partial:
+                bad = _write(partial, model, loader, number, table, place, top_k, dtype)
             notice = f", {bad} bad samples left out" if bad else ""
             print(f"{table.shards[place].name}  {done}/{len(missing)} shards{notice}", file=sys.stderr, flush=True)
             yield folder
 
 
-def _write(folder: Path, model, loader, number: int, table: SourceTable, place: int, top_k: int) -> int:
+def _write(folder: Path, model, loader, number: int, table: SourceTable, place: int, top_k: int, dtype: str) -> int:
     """One shard's files; returns its bad samples."""
     import torch
 
@@ -112,7 +108,7 @@ def _write(folder: Path, model, loader, number: int, table: SourceTable, place: 
     ]
     rows = sum(piece.tokens - 1 for piece in pieces)
     ids = np.lib.format.open_memmap(folder / "ids.npy", "w+", np.int32, (rows, top_k))
-    scores = np.lib.format.open_memmap(folder / "scores.npy", "w+", np.float16, (rows, top_k))
+    scores = np.lib.format.open_memmap(folder / "scores.npy", "w+", np.dtype(dtype), (rows, top_k))
     group, device = torch.distributed.group.WORLD, next(model.parameters()).device
     documents, first, bad = [], 0, 0
     for pack in _packs(pieces, loader.plan):
@@ -163,17 +159,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for distill.logits")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="change a value of the recipe")
     parser.add_argument("--top-k", type=int, default=TOP_K, metavar="K", help=f"tokens stored of each row ({TOP_K})")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help=f"of the stored log-probabilities ({DTYPES[0]})"
+    )
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="every Nth shard, from the Ith")
     arguments = parser.parse_args(argv)
     quiet()
     try:
         if arguments.top_k < 1:
             raise UserError(f"--top-k is {arguments.top_k}; it must be 1 or more")
-        unneeded = ["init_from=null", "distill.teacher=null", "distill.logits=null"]
+        unneeded = [*NO_CHECKPOINTS, "distill.logits=null"]
         recipe = load_recipe(arguments.recipe, [*unneeded, *arguments.overrides])
         recipe = replace(recipe, distill=DistillConfig())
         check_recipe(recipe, world_size=None)
-        made = make(arguments.teacher, recipe, arguments.out, arguments.top_k, arguments.part)
+        made = make(arguments.teacher, recipe, arguments.out, arguments.top_k, arguments.part, arguments.dtype)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.EXIT_CODE

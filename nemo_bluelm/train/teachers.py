@@ -26,6 +26,11 @@ def check_teacher(recipe: Recipe, tokenizer: bytes) -> None:
     name = f"distill.teacher {recipe.distill.teacher}"
     checkpoint = resolve_checkpoint(recipe.distill.teacher, "distill.teacher")
     teacher = load_recipe(str(checkpoint / RECIPE_FILE), [])
+    if teacher.train.lora.rank:
+        raise UserError(
+            f"{name} has LoRA adapters, which its weights don't have yet; take them in with 'nemo-bluelm merge' and "
+            "name the result"
+        )
     for key in _EQUAL:
         part, _, field = key.partition(".")
         mine, its = (getattr(getattr(model, part), field) for model in (recipe.model, teacher.model))

@@ -11,7 +11,7 @@ from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.data.records import read_records
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.train.run import open_data
+from nemo_bluelm.train.packs import open_packs
 
 TINY = ["model=tiny", "precision=fp32", "data.sequence_length=256", "data.decode.threads=0"]
 
@@ -56,7 +56,7 @@ def test_refuses_a_folder_in_use(tmp_path):
 def test_text_packs_are_single_documents(bench_corpus, tmp_path):
     folder, _ = bench_corpus
     recipe = load_recipe("bench/text_4k", [*TINY, f"data.root={folder}", f"data.index={tmp_path}"])
-    loader = open_data(recipe)
+    loader = open_packs(recipe)
     for _ in range(40):  # more than the corpus holds
         batch = loader.load(next(loader.plan)).batch
         assert batch.cu_seqlens.tolist() == [0, 256]
@@ -65,7 +65,7 @@ def test_text_packs_are_single_documents(bench_corpus, tmp_path):
 def test_mixed_packs_hold_images_and_text_60_to_40(bench_corpus, tmp_path):
     folder, _ = bench_corpus
     recipe = load_recipe("bench/mixed", [*TINY, f"data.root={folder}", f"data.index={tmp_path}"])
-    loader = open_data(recipe)
+    loader = open_packs(recipe)
     packs = [next(loader.plan) for _ in range(200)]
     tokens = loader.plan.tokens()
     assert tokens["images"] / sum(tokens.values()) == pytest.approx(0.6, abs=0.02)

@@ -156,3 +156,18 @@ def test_vision_beside_siglip(cli_process, tmp_path):
 def test_mistakes(cli, argv, words):
     code, _, stderr = cli("bench", *argv)
     assert words in one_line(code, stderr)
+
+
+def test_generation_beside_transformers(cli, tmp_path):
+    out = tmp_path / "result.json"
+    load = ("--prompts", "2", "--samples", "2", "--prompt-tokens", "24", "--new-tokens", "4", "--tiles", "1")
+    code, text, _ = cli("bench", "generate", *load, "model=tiny", "precision=fp32", "--json", str(out))
+    rows = json.loads(out.read_text())["rows"]
+    assert code == 0 and "times the tokens a second of transformers" in text
+    assert [row["name"] for row in rows] == ["nemo_bluelm", "transformers"]
+    assert all(0 < row["first_token_seconds"] < row["seconds"] for row in rows)
+
+
+def test_generation_needs_room_for_its_tiles(cli):
+    code, _, stderr = cli("bench", "generate", "model=tiny", "--tiles", "4", "--prompt-tokens", "16")
+    assert "4 tiles alone have 16" in one_line(code, stderr)

@@ -47,6 +47,28 @@ def test_broken_and_missing_packages_are_reported(monkeypatch):
     assert "pip install 'megatron-core<0.16,>=0.15.2'" in {line["command"] for line in report["add"]}
 
 
+def test_what_serving_and_evaluation_lack_is_added_by_one_line_each(monkeypatch):
+    installed = {"uvicorn": "0.20", "httpx": "0.28"}
+    lines = (
+        'starlette>=0.40; extra == "serve"',
+        'uvicorn>=0.30; extra == "serve"',
+        'math-verify==0.9.*; extra == "eval"',
+    )
+    wanted = {requirement.name: requirement for requirement in map(Requirement, lines)}
+    monkeypatch.setattr(environment, "_version", installed.get)
+    monkeypatch.setattr(environment, "_requirements", lambda: wanted)
+    monkeypatch.setattr(environment, "_probe", lambda code: (None, "nothing"))
+    report = environment.examine()
+    state = {item["name"]: item["state"] for item in report["installed"]}
+    assert [state[name] for name in ("starlette", "uvicorn", "httpx", "lm-eval")] == [
+        *("missing", "unsupported", "ok", "missing")
+    ]
+    lines = {line["for"]: line["command"] for line in report["add"]}
+    assert lines["serve"] == "pip install 'starlette>=0.40' 'uvicorn>=0.30'"
+    assert lines["eval, the scorers math, anls and judge"] == "pip install 'math-verify==0.9.*' 'rapidfuzz'"
+    assert lines["lm-evaluation-harness"] == "pip install 'lm-eval'"
+
+
 def test_probe_tells_the_last_line_of_a_failure():
     found, note = environment._probe("import no_such_module_at_all")
     assert found is None and note == "ModuleNotFoundError: No module named 'no_such_module_at_all'"

@@ -1,15 +1,15 @@
 """``plan``: what it says is computed from the recipe and the built model."""
 
 import json
-import re
 
 import pytest
 
-from nemo_bluelm.config.compose import load_without_data
+from nemo_bluelm.config.compose import load_without_data, to_yaml
 from nemo_bluelm.config.pipeline import load_pipeline
 from nemo_bluelm.runtime.params import count_parameters
 from tests.conftest import CHECKOUT, one_line
 
+OF_7B = [f"model.language.{key}" for key in ("hidden_size=4096", "ffn_hidden_size=11008", "num_attention_heads=32")]
 SFT = str(CHECKOUT / "recipes/sft.yaml")
 
 
@@ -20,7 +20,7 @@ def _plan(code: int, stdout: str, stderr: str) -> dict:
 
 def test_tiny_plan(cli_process):
     asked = ["plan", "tiny/sft", "model.language.share_embeddings_and_output_weights=false", "--json"]
-    sizes = ["--image", "56x56", "--image", "112x56"]
+    sizes = ["train.micro_batch_size=1", "--image", "56x56", "--image", "112x56"]
     done = cli_process(*asked, *sizes, "--world-size", "2", "--device", "a100")
     plan = _plan(done.returncode, done.stdout, done.stderr)
     assert plan["config"]["optim"]["beta2"] == 0.98
@@ -54,19 +54,23 @@ def test_full_scale_plan_needs_no_data(cli):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", load_pipeline("pipeline", []).stages, ids=lambda stage: stage.name)
-def test_every_stage_on_8_64_and_512_gpus(stage, cli):
-    """Small batches have fewer packs than 512 GPUs: the line of refusal says which one would do."""
+def test_every_stage_on_8_64_and_512_gpus(stage, cli, tmp_path):
+    beside = []
+    if stage.name == "text_pretrain":
+        wide, _, _ = load_without_data(stage.recipe, OF_7B)
+        (tmp_path / "recipe.yaml").write_text(to_yaml(wide))
+        beside = [f"distill.teacher={tmp_path}"]
     for gpus in (8, 64, 512):
-        asked = ["plan", stage.recipe, "--world-size", str(gpus), "--device", "h100", "--json"]
-        code, shown, stderr = cli(*asked)
-        if code == 2 and gpus == 512:
-            override = re.search(r"fits 512 x .*: (train.global_batch_size=\d+)$", one_line(code, stderr))[1]
-            code, shown, stderr = cli(*asked, override)
-        plan = _plan(code, shown, stderr)
+        plan = _plan(*cli("plan", stage.recipe, *beside, "--world-size", str(gpus), "--device", "h100", "--json"))
+        assert (plan["device"]["memory"][0]["teacher"] > 12 * 2**30) == bool(beside)
         layout, steps = plan["layout"], plan["config"]["train"]["steps"]
         packs, length = plan["config"]["train"]["global_batch_size"], plan["config"]["data"]["sequence_length"]
         assert (layout["steps"], layout["tokens_of_the_run"]) == (steps, steps * packs * length)
         assert plan["device"]["fits"] and plan["device"]["gpu_hours"] > 0
+    code, shown, _ = cli("plan", stage.recipe, "--world-size", "512", "--device", "h100")
+    assert code == 0
+    for text in ("tokens of the run", "steps", "GPU-hours", "needed in all"):
+        assert text in shown
 
 
 @pytest.mark.slow
@@ -128,6 +132,28 @@ def test_a_proposal_for_a_layout_that_cannot_be(cli):
     assert again["fits"] and again["step"] == plan["device"]["proposal"]["step"]
 
 
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.first_stage_layers"),
+        *("parallel.context", "data.sequence_length", "train.micro_batch_size", "train.global_batch_size"),
+    ],
+)
+def test_a_layout_of_nothing(cli, key, value):
+    for options in ([], ["--world-size", "8", "--device", "h100", "--propose"]):
+        told = one_line(*cli("plan", SFT, f"{key}={value}", *options)[::2])
+        assert f"{key} is {value}; " in told
+
+
+def test_a_batch_that_the_gpus_cannot_share(cli):
+    asked = ["plan", "bench/text_4k", "--device", "h100", "--propose", "--world-size"]
+    told = one_line(*cli(*asked, "7")[::2])
+    assert "train.global_batch_size is 16, which --world-size 7 can't share" in told
+    assert told.endswith("set train.global_batch_size=14")
+    assert one_line(*cli(*asked, "100000")[::2]).endswith("set train.global_batch_size=100000")
+
+
 def test_what_is_asked_wrongly(cli):
     told = one_line(*cli("plan", "bench/text_4k", "--tiles", "21")[::2])
     assert "--tiles is 21; a pack holds 20 at most, data.sequence_length 4096" in told
@@ -135,6 +161,8 @@ def test_what_is_asked_wrongly(cli):
     assert "--tiles is 8; a pack holds 7 at most, data.max_tiles" in told
     assert "--world-size 2" in one_line(*cli("plan", "tiny/sft", "parallel.tensor=2", "--world-size", "1")[::2])
     assert "--propose needs" in one_line(*cli("plan", "tiny/sft", "--propose")[::2])
+    assert "--device is empty; it must be one of" in one_line(*cli("plan", "tiny/sft", "--device", "")[::2])
+    assert "'²' is not a whole number" in one_line(*cli("plan", "tiny/sft", "--tiles", "²")[::2])
     assert "--device is h1; it must be one of" in one_line(*cli("plan", "tiny/sft", "--device", "h1")[::2])
     told = one_line(*cli("plan", "tiny/sft", "parallel.tensor=3", "--world-size", "2", "--device", "a100")[::2])
     assert "the nearest that fits 2 x NVIDIA A100 80GB: parallel.tensor=" in told

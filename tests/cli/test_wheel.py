@@ -26,8 +26,10 @@ def test_wheel_holds_recipes_and_blocks(tmp_path):
     for folder in (resources.conf_dir(), resources.recipes_dir()):
         for file in folder.rglob("*.yaml"):
             assert f"nemo_bluelm/{folder.name}/{file.relative_to(folder)}" in held
-    templates = (CHECKOUT / "nemo_bluelm" / "report" / "templates").iterdir()
-    for module in [*(CHECKOUT / "nemo_bluelm").rglob("*.py"), *templates]:
+    package = CHECKOUT / "nemo_bluelm"
+    files = [*(package / "report" / "templates").iterdir(), package / "evaluate" / "prompts.jsonl"]
+    files += (package / "convert").rglob("*.md")
+    for module in [*package.rglob("*.py"), *files]:
         assert str(module.relative_to(CHECKOUT)) in held
     assert not [name for name in held if name.startswith(("tests/", "conf/", "recipes/"))]
 

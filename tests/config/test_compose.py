@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 
 from nemo_bluelm import resources
+from nemo_bluelm.config.aliases import ALIASES
 from nemo_bluelm.config.checks import alignment, check_recipe
 from nemo_bluelm.config.compose import compose, load_recipe, load_without_data, to_yaml
 from nemo_bluelm.config.keys import did_you_mean, schema_keys
 from nemo_bluelm.config.schema import Dtype, Part, Recipe, SourceConfig, geometry_of
 from nemo_bluelm.errors import UserError
 
-FULL_SCALE = ["data.root=corpus", "init_from=run"]
+FULL_SCALE = ["data.root=corpus", "init_from=run", "init_vision_from=null"]
 
 
 STAGES = ["align_projector", "joint_pretrain", "reasoning_pretrain", "decay", "long_context", "sft"]
@@ -36,7 +37,7 @@ def test_full_scale_recipes_run_on_one_node(name):
 
 @pytest.mark.parametrize("name", ["joint_pretrain", "tiny/joint_pretrain"])
 def test_joint_mixture_is_the_papers(name):
-    data = load_recipe(name, ["data.root=corpus", "init_from=run"]).data
+    data = load_recipe(name, FULL_SCALE).data
     images = sum(source.weight for key, source in data.sources.items() if key in ("image_text", "digits", "photos"))
     assert images / sum(source.weight for source in data.sources.values()) == pytest.approx(0.6)
 
@@ -51,9 +52,13 @@ def test_full_scale_tokens_are_the_papers(stage, tokens):
 def test_every_packaged_recipe_and_block_composes():
     for name in resources.packaged_recipes():
         load_without_data(name, [])
-    for block in resources.conf_dir().rglob("*.yaml"):
+    for block in (file for file in resources.conf_dir().rglob("*.yaml") if file.parent.name != "tasks"):
         group, option = block.parent.name, block.stem
-        load_recipe("tiny/sft", [f"{group}={option}"])
+        if group == "rewards":
+            recipe = load_recipe("tiny/grpo", ["init_from=run", f"+rewards@environments.mine={option}"])
+            assert recipe.environments["mine"].rewards
+        else:
+            load_recipe("tiny/sft", [f"{group}={option}"])
 
 
 def test_result_is_typed(recipe_file):
@@ -80,7 +85,7 @@ def test_overrides_change_values_and_blocks(recipe_file):
     assert recipe.parallel.tensor == 2
     assert recipe.data.root == "/a b/c"
     assert list(recipe.data.sources) == ["text", "more"]
-    assert list(load_recipe("tiny/sft", ["~data.sources.text"]).data.sources) == ["digits", "photos"]
+    assert list(load_recipe("tiny/sft", ["~data.sources.text"]).data.sources) == ["digits", "photos", "prose", "needle"]
 
 
 def test_own_blocks_beside_an_own_recipe(tmp_path, recipe_file):
@@ -156,3 +161,14 @@ def test_keys_are_those_of_the_schema():
 )
 def test_nearest_key(key, hint):
     assert hint in did_you_mean(key)
+
+
+def test_other_tools_words_for_keys(recipe_file):
+    """As overrides they are taken; a recipe that has one is told ours."""
+    for alias, key in ALIASES.items():
+        assert key in schema_keys() and alias not in schema_keys()
+    words = ["init_from=run", "grpo.samples_per_prompt=4", "loss_fn.ratio_clip_max=0.28"]
+    grpo = load_recipe("tiny/grpo", words).grpo
+    assert (grpo.num_generations_per_prompt, grpo.loss.ratio_clip_max) == (4, 0.28)
+    with pytest.raises(UserError, match="unknown key grpo.samples_per_prompt; here it is grpo.num_generations_per_pro"):
+        load_recipe(recipe_file(extra="grpo: {samples_per_prompt: 4}\n"), [])

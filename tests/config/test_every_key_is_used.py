@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 import nemo_bluelm
-from nemo_bluelm.config import schema
+from nemo_bluelm.config import grpo, schema
 
 PACKAGE = Path(nemo_bluelm.__file__).parent
 FIELDS = sorted(
     {
         (cls.__name__, field.name)
-        for cls in vars(schema).values()
-        if dataclasses.is_dataclass(cls) and cls.__module__ == schema.__name__
+        for module in (schema, grpo)
+        for cls in vars(module).values()
+        if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__
         for field in dataclasses.fields(cls)
     }
 )

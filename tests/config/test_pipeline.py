@@ -70,6 +70,7 @@ def test_packaged_pipelines(name):
     for stage in load_pipeline(name, []).stages:
         recipe, missing, _ = load_without_data(stage.recipe, list(stage.overrides))
         first = ["init_from", "distill.teacher"] if not recipes or stage.teacher else []
+        first += ["init_vision_from"] if stage.name == "align_projector" else []
         assert set(missing) <= {"data.root", *first}
         check_recipe(recipe, 8 if name == "pipeline" else 1)
         assert recipe.run_dir == str(stage.folder)
@@ -87,6 +88,7 @@ def test_packaged_pipelines(name):
         ("name: chain", "name: a/b", "name is 'a/b'; it must be a word"),
         ("recipe: mine", "recepe: mine", "stage align: unknown key recepe; did you mean recipe"),
         ("recipe: mine", "recipe: [mine]", "stage align: recipe is .*; it must be a recipe file"),
+        ("prune: teacher", "prune: [teacher]", "stage cut: prune is .*teacher.*; it must be the name of an earlier"),
         ("prune: teacher", "prune: taecher", "stage cut refers to stage taecher, which does not stand before it"),
         ("${run:cut}", "${run:align}", "stage align refers to stage align, .* earlier ones are teacher, cut"),
         ("{recipe: tiny/text_teacher}", "tiny/text_teacher", "stage teacher: a stage is a mapping of recipe"),

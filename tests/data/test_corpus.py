@@ -1,8 +1,10 @@
 """The corpus: complete, honest, held out, the same every time."""
 
+import json
 import re
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -22,22 +24,37 @@ def records(corpus, pattern):
 
 def test_files(corpus):
     names = "digits-test digits-train-0000 digits-train-0001 digits-train-0002 digits-train-0003 long-train-0000"
-    names += " needle-train-0000 photos-train-0000 photos-train-0001 reasoning-test reasoning-train-0000"
-    names += " reasoning-train-0001 sft-train-0000 text-test text-train-0000 text-train-0001"
-    assert sorted(path.name for path in corpus.iterdir()) == [*(f"{n}.tar" for n in names.split()), "tokenizer.json"]
+    names += " needle-train-0000 photos-train-0000 photos-train-0001 prompts-train-0000"
+    names += " reasoning-test reasoning-train-0000"
+    names += " reasoning-train-0001 recall-train-0000 sft-train-0000 text-test text-train-0000 text-train-0001"
+    names += " preferences/digits-test preferences/digits-train preferences/problems-test preferences/problems-train"
+    files = {path.relative_to(corpus).as_posix() for path in corpus.rglob("*") if path.is_file()}
+    assert files == {*(f"{name}.tar" for name in names.split()), "tokenizer.json"}
 
 
 def test_same_every_time_but_for_the_seed(corpus, tmp_path):
     counts = make_corpus(tmp_path / "again")
     assert counts == {
-        "digits-train": 2874, "photos-train": 260, "text-train": 86, "reasoning-train": 2800, "sft-train": 2100,
-        "needle-train": 1600, "long-train": 48, "digits-test": 360, "text-test": 7, "reasoning-test": 270,
+        "digits-train": 2874, "photos-train": 260, "text-train": 86, "reasoning-train": 5800, "sft-train": 6000,
+        "recall-train": 480, "needle-train": 1200, "long-train": 48, "prompts-train": 1988,
+        "digits-test": 360, "text-test": 7, "reasoning-test": 261,
+        "preferences/digits-train": 2574, "preferences/digits-test": 360,
+        "preferences/problems-train": 2000, "preferences/problems-test": 161,
         "vocab_size": 2048,
     }  # fmt: skip
-    for path in corpus.iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    for path in (path.relative_to(corpus) for path in corpus.rglob("*") if path.is_file()):
+        assert (corpus / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
     make_corpus(tmp_path / "other", seed=1)
     assert (tmp_path / "other" / "digits-test.tar").read_bytes() != (corpus / "digits-test.tar").read_bytes()
+
+
+def test_prompts_have_an_answer_and_are_not_held_out(corpus):
+    with tarfile.open(corpus / "prompts-train-0000.tar") as tar:
+        prompts = [json.load(tar.extractfile(member)) for member in tar]
+    asked = [record.messages[0]["content"] for _, record, _ in records(corpus, "reasoning-test.tar")]
+    assert not {str(question) for question in asked} & {prompt["messages"][0]["content"] for prompt in prompts}
+    assert all(prompt["answer"] for prompt in prompts)
+    assert {prompt["difficulty"] for prompt in prompts} >= {5, 10, 15}
 
 
 def test_digits_are_held_out_and_stratified(corpus):

@@ -31,15 +31,18 @@ def solve(question: str) -> str:
     return str(numbers[0] - numbers[1] + numbers[2])
 
 
-def test_text_problems_are_right():
-    rng, kinds = Random(0), set()
-    for _ in range(500):
-        problem = text_problem(rng)
+@pytest.mark.parametrize("largest", [9, 99])
+def test_text_problems_are_right(largest):
+    rng, kinds, told = Random(0), set(), set()
+    for _ in range(1000):
+        problem = text_problem(rng, largest)
         kinds.add(problem.kind)
+        if problem.kind not in ("comparison", "counting"):
+            told |= {int(n) for n in re.findall(r"\d+", f"{problem.question} {problem.thought}")}
         assert problem.answer == solve(problem.question), problem
         for left, right in re.findall(r"(\d+ [+-] \d+) = (\d+)", problem.thought):
             assert eval(left) == int(right), problem
-    assert len(kinds) == 5
+    assert len(kinds) == 5 and told <= set(range(largest + 1)) and max(told) == largest
 
 
 def test_image_problems_are_right():

@@ -2,17 +2,10 @@
 
 import pytest
 
-from nemo_bluelm.runtime.run_dir import read_metrics
+from nemo_bluelm.evaluate.learning import entropies, tokens_seen, tokens_to
 from tests.runtime.processes import TRAIN, run
 
 STEPS = 120
-SMOOTHING = 10
-
-
-def entropies(run_dir) -> list[float]:
-    """Cross-entropy over the steps, each the mean of the last ten."""
-    losses = [step.get("cross_entropy", step["loss"]) for step in read_metrics(run_dir)]
-    return [sum(losses[end - SMOOTHING : end]) / SMOOTHING for end in range(SMOOTHING, len(losses) + 1)]
 
 
 @pytest.mark.long
@@ -28,8 +21,6 @@ def test_fewer_tokens_than_from_scratch(corpus, tmp_path):
     run(*student, *nothing, f"run_dir={alone}", timeout=600)
 
     goal = entropies(alone)[-1]
-    tokens = [step["tokens"] for step in read_metrics(taught)]
-    reached = next(end for end, loss in enumerate(entropies(taught), SMOOTHING) if loss <= goal)
-    share = sum(tokens[:reached]) / sum(step["tokens"] for step in read_metrics(alone))
+    share = tokens_to(taught, goal) / tokens_seen(alone)[-1]
     print(f"cross-entropy {goal:.3f} is reached with {share:.0%} of the tokens")
     assert share < 0.7

@@ -19,7 +19,7 @@ def test_no_training_is_left_behind(corpus, tmp_path):
         (out / "corpus").symlink_to(corpus)
         started[signum] = start("-m", "nemo_bluelm.cli.main", "quickstart", "--out", out)
     for signum, process in started.items():
-        wait_for_step(tmp_path / signum.name / "runs" / "text_teacher", 2, process)
+        wait_for_step(tmp_path / signum.name / "runs" / "recall", 2, process)
         os.kill(process.pid, signum)
         process.wait(timeout=30)
         assert not anything_alive(process)

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,17 @@ COMMANDS = [
     line
     for block in re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
-    if line.startswith(("nemo-bluelm ", "tar "))
+    if line.startswith(("nemo-bluelm ", "tar ", "python tools/"))
 ]
 QUICKSTART = "nemo-bluelm quickstart --out outputs/quickstart"
 FEW_STEPS = "train.steps=4 train.save_every=2 optim.warmup_steps=1 decay.optim.decay_steps=2"
+FEW_STEPS += " rl.grpo.validation.max_samples=8"
+ABLATION = "nemo-bluelm ablate yarn"
+REWARD_MODEL = "nemo-bluelm train recipes/tiny/reward_model.yaml init_from=outputs/runs/tiny_sft"
+SERVE = "nemo-bluelm serve outputs/runs/tiny_sft --port 8000"
+CURL = re.search(r"^curl http://.*?(?=^```)", README, re.DOTALL | re.MULTILINE)[0]
+LITTLE_MEASURED = "train.steps=2 train.save_every=2 optim.warmup_steps=1 needle.lengths=[64,128] needle.count=1"
+SHORTER = {ABLATION: [LITTLE_MEASURED], REWARD_MODEL: ["train.steps=4 train.save_every=2 optim.warmup_steps=1"]}
 STAGES = [stage.name for stage in load_pipeline("tiny/pipeline", []).stages if stage.teacher is None]
 
 
@@ -38,6 +47,9 @@ class Shell:
         command = shlex.split(line)
         if command[0] == "nemo-bluelm":
             command[:1] = [sys.executable, "-m", "nemo_bluelm.cli.main"]
+        elif command[0] == "python":
+            files = [sorted(glob(word, root_dir=self.folder)) if "*" in word else [word] for word in command[2:]]
+            command = [sys.executable, str(CHECKOUT / command[1]), *(word for words in files for word in words)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=self.folder, env=self.env, **pipes)
 
@@ -52,6 +64,20 @@ class Shell:
             process.kill()
         assert process.returncode == 0, f"{line}\n{stderr[-2000:]}"
 
+    def ask_server(self, line: str, request: str) -> dict:
+        """The answer to a request of the server that ``line`` starts; at a free port, for 8000 may be taken."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        server = self.start(line.replace("8000", port))
+        try:
+            assert f"http://127.0.0.1:{port}/v1" in server.stdout.readline()
+            answer = subprocess.run(["bash", "-c", request.replace("8000", port)], capture_output=True, text=True)
+            server.terminate()
+            self.finish(line, server, timeout=60)
+        finally:
+            server.kill()
+        return json.loads(answer.stdout)
+
 
 def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / METRICS_FILE).read_text().splitlines()]
@@ -62,7 +88,7 @@ def losses(run_dir: Path) -> list[float]:
 def test_readme_commands_from_top_to_bottom(tmp_path):
     """What follows the quickstart needs its corpus, not what it trains, and begins as soon as the corpus is there.
 
-    The quickstart's stages have a few steps here; ``test_quickstart_learns`` runs it as it is.
+    The quickstart's and the ablation's runs have a few steps here; ``test_quickstart_learns`` runs the former as it is.
     """
     shell = Shell(tmp_path)
     place = COMMANDS.index(QUICKSTART)
@@ -73,18 +99,27 @@ def test_readme_commands_from_top_to_bottom(tmp_path):
         while not (tmp_path / "outputs/quickstart/corpus").exists() and quickstart.poll() is None:
             time.sleep(0.1)
         for line in COMMANDS[place + 1 :]:
-            shell.run(line)
+            if line == SERVE:
+                (choice,) = shell.ask_server(line, CURL)["choices"]
+                assert choice["message"]["reasoning_content"] and choice["message"]["content"]
+            else:
+                shell.run(" ".join([line, *SHORTER.get(line, [])]))
         shell.finish(QUICKSTART, quickstart)
     finally:
         quickstart.kill()  # takes its training with it
 
     report = json.loads((tmp_path / "outputs/quickstart/report.json").read_text())
+    assert report["export"]["passed"] and report["sampled"]["after"]["step"] > 0
     assert report["held_out_images"] == 360 and [stage["stage"] for stage in report["stages"]] == STAGES
     runs = tmp_path / "outputs/runs"
     for name, steps in {"tiny_sft": 100, "short": 50, "two_ranks": 50}.items():
         curve = losses(runs / name)
         assert len(curve) == steps
         assert sum(curve[-10:]) < 0.8 * sum(curve[:10]), name
+    ablation = tmp_path / "outputs/ablations/yarn"
+    assert "numbers found in 128 tokens" in (ablation / "table.md").read_text()
+    assert list(json.loads((ablation / "table.json").read_text())["variants"]) == ["yarn", "plain"]
+    assert (ablation / "plot.png").stat().st_size > 10_000
 
 
 @pytest.mark.long
@@ -94,11 +129,18 @@ def test_quickstart_learns(tmp_path):
     Shell(tmp_path).run(QUICKSTART, timeout=2200)
     report = json.loads((tmp_path / "outputs/quickstart/report.json").read_text())
     assert [stage["stage"] for stage in report["stages"]] == STAGES
-    assert report["accuracy"] >= 0.85
+    assert report["accuracy"] >= 0.85 and report["export"]["passed"]
+    before, after = (report["sampled"][when]["val/accuracy"] for when in ("before", "after"))
+    assert after > before
     assert report["example"]["non_thinking"]["thought"] is None
     thinking = report["example"]["thinking"]
     assert thinking["finished"] and thinking["thought"] and thinking["answer"]
     assert all(mode["obeyed"] >= 0.95 for mode in report["problems"].values())
     stages = {stage["stage"]: stage for stage in report["stages"]}
-    for name in ("text_teacher", "text_pretrain", "align_projector", "joint_pretrain", "reasoning_pretrain", "sft"):
-        assert stages[name]["loss_last"] < stages[name]["loss_first"], name
+    for name, stage in stages.items():
+        assert name in ("long_context", "rl") or (stage["last"] < stage["first"]) == (stage["measure"] == "loss"), name
+    text = {name: stage["held_out_text_loss"] for name, stage in stages.items()}
+    assert text["joint_pretrain"] <= 1.02 * text["align_projector"] and text["sft"] <= 1.02 * text["joint_pretrain"]
+    assert stages["decay"]["needles_found"]["2560"] <= 0.3  # five times its context, without YaRN
+    for name in ("long_context", "sft"):
+        assert stages[name]["needles_found"]["512"] >= 0.8 and stages[name]["needles_found"]["2560"] >= 0.5, name

@@ -47,5 +47,9 @@ KERNELS = {"matrix products": 1404, "attention": 372, "optimizer": 42, "in all":
 VISION_ALLOCATED = {32: 24.1, 64: 45.4}
 VISION_MILLISECONDS = {None: 290.7, Fp8Recipe.current: 255.9}  # of 64 tiles; FP8: half of 128 tiles' time
 
+# Everything trained, CUDA graphs, micro-batches of two packs of 4,096 tokens, photos of up to 13 tiles and text of all
+# lengths: GiB reserved at the peak (bench/figures_h200.json). A pack holds 20 tiles at most.
+MIXED_RESERVED = {None: 109.0, Fp8Recipe.current: 113.9}
+
 # Everything trained, BF16, a micro-batch of 16,384 tokens with up to 80 tiles: out of memory.
 TOO_LARGE = {"tokens": 16384, "tiles": 80}

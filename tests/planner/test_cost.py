@@ -4,7 +4,7 @@ import pytest
 from planner_measured import DEVICE, KERNELS, TEXT_STEPS, VISION_MILLISECONDS
 from planner_pieces import TEXT_ONLY, full_recipe, in_fp8, measured_recipe
 
-from nemo_bluelm.config.schema import ContextComm, Fp8Recipe, Part, Recompute
+from nemo_bluelm.config.schema import ContextComm, Fp8Recipe, LoraConfig, Part, Recompute
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.model.flops import pack_flops
 from nemo_bluelm.planner.cost import SLOWED, estimate
@@ -32,6 +32,25 @@ def test_vision_on_one_gpu(fp8):
     recipe.precision.fp8.parts = [Part.vision]
     with_tiles, without = (estimate(recipe, 1, DEVICES[DEVICE], tiles).compute for tiles in (64, 0))
     assert (with_tiles - without) * 1000 == pytest.approx(VISION_MILLISECONDS[fp8], rel=0.05)
+
+
+def test_layers_left_in_bf16_take_longer():
+    recipe, plain = in_fp8(full_recipe(), Fp8Recipe.current), full_recipe()
+    every, none = (estimate(one, 1, H100, 0).compute for one in (recipe, plain))
+    recipe.precision.fp8.bf16_first_layers, recipe.precision.fp8.bf16_last_layers = 3, 5
+    assert estimate(recipe, 1, H100, 0).compute == pytest.approx(0.75 * every + 0.25 * none)
+
+
+def test_lora_leaves_out_what_frozen_weights_do_not_need():
+    recipe, whole = (full_recipe(freeze=TEXT_ONLY, train__micro_batch_size=4) for _ in range(2))
+    recipe.train.lora = LoraConfig(rank=8)
+    found, full = (estimate(one, 1, H100, 0) for one in (recipe, whole))
+    assert 0.7 < found.flops / full.flops < 0.8
+    assert found.seconds < 0.85 * full.seconds and found.optimizer < full.optimizer / 50
+    assert found.flops == 64 * pack_flops(recipe.model, [4096], 0, TEXT_ONLY, recipe.train.lora).total
+    recipe.train.recompute.language = whole.train.recompute.language = Recompute.full
+    again, full_again = (estimate(one, 1, H100, 0) for one in (recipe, whole))  # one more forward for both
+    assert again.compute - found.compute == pytest.approx(full_again.compute - full.compute, rel=0.05)
 
 
 def test_small_micro_batches_wait_for_the_host():

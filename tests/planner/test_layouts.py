@@ -65,7 +65,7 @@ def test_a_small_batch_grows_until_a_gpu_has_enough_to_do():
 
 def test_proposals_with_cuda_graphs_compute_no_decoder_layer_again():
     recipe = full_recipe(32768, 8, train__cuda_graphs=True)
-    proposed = propose(recipe, 8, H100, 64)
+    proposed = propose(recipe, 8, DEVICES["b200"], 64)
     assert proposed
     for layout in proposed:
         check_recipe(layout.recipe, 8)
@@ -105,7 +105,7 @@ def test_nearest_changes_least():
     closest = nearest(recipe, 8, H100, 64)
     assert closest.fits and closest.overrides(recipe) == ["train.recompute.vision=mlp", "train.recompute.language=mlp"]
     recipe = full_recipe(32768, 64, train__recompute__vision=Recompute.mlp, train__cuda_graphs=True)
-    assert nearest(recipe, 8, H100, 64).overrides(recipe)[0] == "parallel.context=2"
+    assert nearest(recipe, 8, H100, 64).overrides(recipe)[0] == "parallel.tensor=2"
     assert nearest(full_recipe(4096, 64, model=big_model()), 8, H100, 8) is None
 
 

@@ -1,14 +1,14 @@
 """Planned bytes against measured ones, and against what layouts must do to them."""
 
 import pytest
-from planner_measured import DEVICE, TEXT_STEPS, TOO_LARGE, VISION_ALLOCATED
+from planner_measured import DEVICE, MIXED_RESERVED, TEXT_STEPS, TOO_LARGE, VISION_ALLOCATED
 from planner_pieces import full_recipe, in_fp8, measured_recipe
 
 from nemo_bluelm.config.compose import load_recipe
-from nemo_bluelm.config.schema import ContextComm, Fp8Recipe, ModelConfig, Part, Recompute
+from nemo_bluelm.config.schema import ContextComm, Fp8Recipe, LoraConfig, LoraModule, ModelConfig, Part, Recompute
 from nemo_bluelm.planner.devices import DEVICES
 from nemo_bluelm.planner.layouts import Layout
-from nemo_bluelm.planner.memory import GIB, most_tiles, stage_memory, stage_weights, stages_memory
+from nemo_bluelm.planner.memory import GIB, most_tiles, stage_memory, stage_trained, stage_weights, stages_memory
 
 
 @pytest.mark.parametrize("row", TEXT_STEPS)
@@ -25,6 +25,14 @@ def test_vision_on_one_gpu(tiles):
     owned, found = stage_weights(full_recipe(), 0), stage_memory(full_recipe(16384), 1, 0, tiles)
     weights = (owned.vision + owned.projector) * (2 + 4)
     assert (weights + found.vision + found.overhead) / GIB == pytest.approx(VISION_ALLOCATED[tiles], rel=0.06)
+
+
+@pytest.mark.parametrize("fp8", MIXED_RESERVED)
+def test_photos_and_text_on_one_gpu(fp8):
+    settings = dict(train__micro_batch_size=2, train__cuda_graphs=True, parallel__distributed_optimizer=True)
+    recipe = in_fp8(full_recipe(4096, 16, **settings), fp8)
+    found = stage_memory(recipe, 1, 0, most_tiles(recipe))
+    assert found.reserved / GIB == pytest.approx(MIXED_RESERVED[fp8], rel=0.02)
 
 
 def test_what_ran_out_of_memory_does_not_fit():
@@ -69,6 +77,23 @@ def test_frozen_parts_have_no_gradient_and_no_states():
     trained = stage_weights(full_recipe(), 0).projector
     assert (found.gradients, found.optimizer) == (4 * trained, 12 * trained)
     assert found.vision < stage_memory(full_recipe(), 1, 0, 8).vision / 10
+
+
+def test_with_lora_only_adapters_have_gradients_and_states():
+    recipe = full_recipe()
+    whole = stage_memory(recipe, 1, 0, 0)
+    recipe.train.lora = LoraConfig(rank=8, modules=[LoraModule.linear_qkv])
+    text = recipe.model.language
+    adapters = 32 * 8 * (text.hidden_size + (20 + 2 * 4) * 128)
+    below = stage_trained(recipe, 0) - adapters
+    assert below == sum(stage_weights(recipe, 0)[:2])
+    found = stage_memory(recipe, 1, 0, 0)
+    assert (found.gradients, found.optimizer) == (4 * (below + adapters), 12 * (below + adapters))
+    assert found.weights == whole.weights + 2 * adapters
+    # Frozen products keep no input: the output projection's is attention's result, which attention keeps.
+    assert whole.language - found.language == 4096 * 2 * 32 * (text.hidden_size + text.ffn_hidden_size)
+    recipe.train.lora.modules = list(LoraModule)
+    assert stage_memory(recipe, 1, 0, 0).language == whole.language
 
 
 def test_what_lowers_activations():

@@ -6,6 +6,7 @@ Each line of JSON on stdin, {"name": ..., "arguments": [...], "environment": {..
 ``nemo-bluelm ARGUMENTS``. In FOLDER it leaves NAME.out, all that it printed, and, once it has ended, NAME.code.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -39,7 +40,11 @@ def watch(folder: Path, name: str, arguments: list[str], environment: dict[str, 
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ |= environment
-        return main(arguments)
+        code = main(arguments)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # torch's destructors would join threads that a fork does not have
     (folder / f"{name}.pid").write_text(str(process))
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     (folder / f"{name}.part").write_text(str(code))

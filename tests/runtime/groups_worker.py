@@ -18,6 +18,7 @@ from nemo_bluelm.config.checks import check_recipe
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.runtime.environment import prepare
 from nemo_bluelm.train import run
+from nemo_bluelm.train.job import NextToken
 
 
 class Recorder(Callback):
@@ -44,15 +45,15 @@ def main(out: str, runs: str) -> None:
     build = strategy.build_strategy
     for number, (name, overrides) in enumerate(json.loads(Path(runs).read_text()).items()):
 
-        def build_strategy(recipe, init_from, number=number):
-            result = build(recipe, init_from)
+        def build_strategy(recipe, origins, number=number):
+            result = build(recipe, origins)
             result.store = PrefixStore(str(number), store)  # keys that no run before has used
             return result
 
         strategy.build_strategy = build_strategy
         recipe, recorder = load_recipe("tiny/sft", overrides), Recorder()
         check_recipe(recipe, int(os.environ["WORLD_SIZE"]))
-        run.fit(recipe, run.open_data(recipe), [recorder])
+        run.fit(NextToken(recipe), [recorder])
         parallel_state.destroy_model_parallel()
         folder = Path(out) / name
         folder.mkdir(parents=True, exist_ok=True)

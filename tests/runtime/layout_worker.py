@@ -22,6 +22,8 @@ from nemo_bluelm.data.loader import LoadedPack
 from nemo_bluelm.layers.context import context_indices
 from nemo_bluelm.runtime.environment import prepare
 from nemo_bluelm.train import run
+from nemo_bluelm.train.job import NextToken
+from nemo_bluelm.train.packs import open_packs
 
 ALIGNMENT = 4  # context parallelism aligns documents; every layout must see the same packs to be comparable
 SOURCES = {"text": ["text"], "images": ["digits", "photos"], "mixed": ["digits", "photos", "text"]}
@@ -94,11 +96,13 @@ class Recorder(Callback):
 
 
 def loaders(recipe) -> dict:
-    """A loader for each kind of packs, of the recipe's data."""
+    """A loader for each kind of packs, of the recipe's data: aligned for two context ranks in every layout, since the
+    alignment is part of what the packs hold."""
+    aligned = replace(recipe.parallel, context=2)
     result = {}
     for kind, names in SOURCES.items():
         data = replace(recipe.data, sources={name: recipe.data.sources[name] for name in names})
-        result[kind] = run.open_data(replace(recipe, data=data))
+        result[kind] = open_packs(replace(recipe, data=data, parallel=aligned))
     return result
 
 
@@ -107,8 +111,8 @@ def train(folder: Path, overrides: list[str], store: Store) -> None:
 
     from nemo_bluelm.runtime import strategy
 
-    def build(recipe, init_from):
-        result = build_strategy(recipe, init_from)
+    def build(recipe, origins):
+        result = build_strategy(recipe, origins)
         result.store = store  # keys that no run before has used
         return result
 
@@ -116,7 +120,7 @@ def train(folder: Path, overrides: list[str], store: Store) -> None:
 
     recipe = load_recipe("recipes/tiny/sft.yaml", [*overrides, f"train.steps={len(STEPS)}"])
     recorder = Recorder()
-    run.fit(recipe, Kinds(loaders(recipe), recipe.train.global_batch_size), [recorder])
+    run.fit(NextToken(recipe, Kinds(loaders(recipe), recipe.train.global_batch_size)), [recorder])
     strategy.build_strategy = build_strategy
     parallel_state.destroy_model_parallel()
     folder.mkdir(parents=True, exist_ok=True)

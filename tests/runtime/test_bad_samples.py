@@ -27,6 +27,9 @@ def damaged(corpus, tmp_path_factory):
     return root
 
 
+SOURCES = ("digits", "photos", "text", "prose", "needle")  # of tiny/sft
+
+
 def command(root, tmp_path, *overrides):
     data = [f"data.root={root}", f"data.index={tmp_path / 'index'}", "train.steps=6", "optim.warmup_steps=2"]
     return [
@@ -74,7 +77,7 @@ def test_too_many_bad_samples_end_the_run_with_one_line(damaged, forks, tmp_path
 
 def test_the_data_can_end_before_the_training(corpus, forks, tmp_path):
     """What was trained is saved, and said."""
-    epochs = [f"data.sources.{name}.max_epochs=0.02" for name in ("digits", "photos", "text")]
+    epochs = [f"data.sources.{name}.max_epochs=0.02" for name in SOURCES]
     code, output = forks.start(*command(corpus, tmp_path, *epochs, "train.steps=50")).finish(timeout=120)
     assert code == 2
     message, steps = output.splitlines()[-1], len(rows(tmp_path))
@@ -95,7 +98,7 @@ def test_a_shard_deleted_while_two_ranks_train(corpus, forks, tmp_path):
         write_shard(root / f"t-{number:03d}.tar", [RawSample(f"t{number}", {"text": f"number {number} " * 60})])
     settings = [
         "+data.sources={x: {shards: [t-*.tar]}}",
-        *(f"~data.sources.{name}" for name in ("digits", "photos", "text")),
+        *(f"~data.sources.{name}" for name in SOURCES),
     ]
     settings += ["data.max_bad_fraction=1", "train.steps=40", "parallel.tensor=2"]
     ranks = forks.start_ranks(2, *command(root, tmp_path, *settings))

@@ -10,7 +10,13 @@ from nemo_bluelm.runtime.single import load_model, single_process_world
 from nemo_bluelm.train.merging import merge
 from tests.runtime.processes import TRAIN
 
-SETTINGS = ["train.lora.rank=4", "train.freeze=[vision,projector]", "optim.schedule=constant", "train.save_every=2"]
+SETTINGS = [
+    "train.lora.rank=4",
+    "train.lora.dropout=0.2",
+    "train.freeze=[vision,projector]",
+    "optim.schedule=constant",
+    "train.save_every=2",
+]
 
 
 def test_resumes_and_merges(corpus, forks, tmp_path):

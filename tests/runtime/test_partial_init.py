@@ -1,5 +1,7 @@
 """A run starts from a checkpoint that has fewer or more weights than its model, and says which it took."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -30,10 +32,10 @@ def weights(checkpoint):
     return {name.removeprefix("module."): value for name, value in found.items() if name.startswith("module.")}
 
 
-def equal(found, expected, part):
+def equal(found, expected, part, atol=0.0):
     names = {name for name in expected if name.startswith(f"{part}.")}
     assert names and names == {name for name in found if name.startswith(f"{part}.")}
-    return all(torch.equal(found[name], expected[name]) for name in names)
+    return all(torch.allclose(found[name], expected[name], rtol=0, atol=atol) for name in names)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,6 @@ def whole(corpus, forks, tmp_path_factory):
 @pytest.fixture(scope="module")
 def language_only(whole, tmp_path_factory):
     """Its language model alone, as pruning another model or an importer may leave it."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("language") / "checkpoint"
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("weights"))
     (folder / "weights").mkdir()
@@ -77,7 +77,7 @@ def test_a_language_model_alone_starts_a_whole_model(ranks, corpus, forks, whole
     """On two ranks it is split over a pipeline, so each knows a part of the names only."""
     layout = ["parallel.pipeline=2"] if ranks == 2 else []
     assert {part.value for part in parts_in(language_only)} == {"language"}
-    fresh = ["train.freeze=[vision,language]"]
+    fresh = ["train.freeze=[language]", "optim.lr=1e-30"]  # a step too small to change what is new
     output = forks.run(*command(corpus, tmp_path / "run", *layout, *fresh, f"init_from={language_only}"), ranks=ranks)
     lines = [line for line in output.splitlines() if line.startswith("init_from")]
     assert [line.split("  ")[1].split(" tensors")[0] for line in lines] == [
@@ -88,7 +88,26 @@ def test_a_language_model_alone_starts_a_whole_model(ranks, corpus, forks, whole
     forks.run(*command(corpus, tmp_path / "scratch", *fresh))
     found, scratch = weights(newest(tmp_path / "run")), weights(newest(tmp_path / "scratch"))
     assert equal(found, weights(whole), "language") and not equal(found, scratch, "language")
-    assert equal(found, scratch, "vision"), "new weights are those of a run from scratch"
+    assert equal(found, scratch, "vision", 1e-20), "new weights are those of a run from scratch"
+
+
+@pytest.mark.slow
+def test_the_vision_transformer_of_another_checkpoint(corpus, forks, whole, language_only, tmp_path):
+    """Language and ViT of two checkpoints, each of which has that part alone; the projector is new."""
+    vision_only = tmp_path / "vision"
+    shutil.copytree(language_only, vision_only, ignore=shutil.ignore_patterns("weights"))
+    (vision_only / "weights").mkdir()
+    write_part(whole, vision_only, "vision")
+    origins = [f"init_from={language_only}", f"init_vision_from={vision_only}"]
+    output = forks.run(*command(corpus, tmp_path / "run", "train.freeze=[vision,language]", *origins))
+    lines = [line for line in output.splitlines() if line.startswith("init_")]
+    assert [(line.split()[0], line.split("  ")[1].split(" tensors")[0]) for line in lines] == [
+        ("init_from", "projector: 0 loaded, 6 new, 0 skipped"),
+        ("init_from", "language: 8 loaded, 0 new, 0 skipped"),
+        ("init_vision_from", "vision: 29 loaded, 0 new, 0 skipped"),
+    ]
+    found = weights(newest(tmp_path / "run"))
+    assert equal(found, weights(whole), "language") and equal(found, weights(whole), "vision")
 
 
 @pytest.mark.slow

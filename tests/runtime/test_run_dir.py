@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.runtime.run_dir import checkpoint_path, newest, published, resolve_checkpoint, step_of
+from nemo_bluelm.runtime.run_dir import checkpoint_path, newest, published, read_metrics, resolve_checkpoint, step_of
 
 
 def make_checkpoint(run_dir, step, without=()):
@@ -43,3 +43,15 @@ def test_what_is_no_checkpoint_is_said(make, expected, tmp_path):
     with pytest.raises(UserError, match=expected) as error:
         resolve_checkpoint(str(tmp_path / "run"), "init_from")
     assert "init_from" in str(error.value)
+
+
+@pytest.mark.parametrize("garbage", [b"garbage", b"7", b'{"loss": 1}', b'{"step": "x"}', b"\xff\x00", b""])
+def test_a_line_of_garbage_among_the_metrics_is_named(garbage, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + garbage + b'\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl line 2 is .*, no step's metrics; remove it"):
+        read_metrics(tmp_path)
+
+
+def test_metrics_end_before_a_line_that_was_cut_off(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1}]

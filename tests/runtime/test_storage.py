@@ -7,7 +7,8 @@ import pytest
 
 from tests.runtime.processes import TRAIN, finish, start
 
-SHORT = ["train.save_every=2", "optim.warmup_steps=1", "train.global_batch_size=1", "data.sequence_length=256"]
+PACKS = ["train.global_batch_size=1", "data.sequence_length=256", "~data.sources.needle"]  # whose documents are longer
+SHORT = ["train.save_every=2", "optim.warmup_steps=1", *PACKS]
 DAMAGE = {
     "weights cut": lambda folder: (folder / "weights" / "__0_0.distcp").write_bytes(b"\x80\x02"),
     "weights missing": lambda folder: (folder / "weights" / "__0_1.distcp").unlink(),

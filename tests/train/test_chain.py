@@ -7,30 +7,19 @@ from nemo_bluelm.config.compose import load_recipe, to_yaml
 from nemo_bluelm.config.pipeline import load_pipeline
 from nemo_bluelm.runtime.run_dir import checkpoint_path
 from nemo_bluelm.train import chain
+from tests import chains
 from tests.conftest import one_line
 
-CHAIN = """
-name: chain
-stages:
-  teacher: {recipe: tiny/text_teacher}
-  cut: {prune: teacher, recipe: tiny/align_projector}
-  align: {recipe: tiny/align_projector, overrides: ["init_from=${run:cut}"]}
-  joint: {recipe: tiny/align_projector, overrides: ["init_from=${run:align}", "train.freeze=[]"]}
-"""
 STEPS = 8
 
 
 @pytest.fixture
 def pipeline(tmp_path):
-    (tmp_path / "chain.yaml").write_text(CHAIN)
-    return str(tmp_path / "chain.yaml")
+    return chains.write_chain(tmp_path)
 
 
 def settings(corpus, folder):
-    return [
-        *(f"data.root={corpus}", f"data.index={corpus.parent / 'index'}", f"run_dir={folder}"),
-        *(f"train.steps={STEPS}", "train.save_every=3", "train.global_batch_size=2", "optim.warmup_steps=1"),
-    ]
+    return chains.settings(corpus, folder, STEPS, save_every=3)
 
 
 def mark_done(folder, stage, step=STEPS):
@@ -45,11 +34,11 @@ def started(monkeypatch):
     """The command lines of stages, which are not run."""
     commands = []
 
-    def start(command, env):
+    def start(command, environment):
         commands.append(command[3:])
+        return 0
 
-    monkeypatch.setattr(chain.subprocess, "Popen", start)
-    monkeypatch.setattr(chain, "_wait", lambda process: 0)
+    monkeypatch.setattr(chain, "_run", start)
     return commands
 
 

@@ -4,11 +4,12 @@ import pytest
 
 from nemo_bluelm.config.checks import check_recipe
 from nemo_bluelm.config.compose import load_recipe, load_without_data
+from nemo_bluelm.config.grpo import Objective
 from nemo_bluelm.config.schema import geometry_of
 from nemo_bluelm.data.open import open_data
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.resources import packaged_recipes
-from nemo_bluelm.train.guards import text_share_notice
+from nemo_bluelm.train.guards import control_token_notice, text_share_notice
 from tests.conftest import one_line
 
 
@@ -45,7 +46,13 @@ def test_train_refuses_before_anything_is_written(corpus, tmp_path, cli_process)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in packaged_recipes() if name.startswith("tiny/")])
+def mixtures():
+    """Recipes that learn from a mixture of tokens; prompts and pairs are no such."""
+    loaded = {name: load_without_data(name, [])[0] for name in packaged_recipes()}
+    return [name for name, recipe in loaded.items() if recipe.objective == Objective.next_token]
+
+
+@pytest.mark.parametrize("name", [name for name in mixtures() if name.startswith("tiny/")])
 def test_tiny_recipes_are_silent_on_their_corpus(name, corpus, tmp_path_factory):
     recipe, _, _ = load_without_data(name, [f"data.root={corpus}"])
     recipe.data.index = str(tmp_path_factory.getbasetemp() / "guards_index")
@@ -54,10 +61,17 @@ def test_tiny_recipes_are_silent_on_their_corpus(name, corpus, tmp_path_factory)
     assert text_share_notice(recipe, plan.text_share()) is None
 
 
-@pytest.mark.parametrize("name", [name for name in packaged_recipes() if "/" not in name])
+@pytest.mark.parametrize("name", [name for name in mixtures() if "/" not in name])
 def test_full_scale_recipes_are_silent_on_sources_as_their_names_say(name):
     recipe, _, _ = load_without_data(name, [])
     check_recipe(recipe, None)
     weights = {source: entry.weight for source, entry in recipe.data.sources.items()}
     text = sum(weight for source, weight in weights.items() if "text" in source and "image" not in source)
     assert text_share_notice(recipe, text / sum(weights.values())) is None
+
+
+def test_control_token_before_the_query_is_told():
+    recipe = load_recipe("tiny/sft", ["data.root=."])
+    assert control_token_notice(recipe) is None
+    before = load_recipe("tiny/sft", ["data.root=.", "data.chat.control_token=before_query"])
+    assert "data.chat.control_token is before_query" in control_token_notice(before)

@@ -49,7 +49,7 @@ class Run:
             global_step=step,
             optimizers=[SimpleNamespace(param_groups=[{"lr": 0.125, "pre_lr_mult": 0.25}])],
             datamodule=SimpleNamespace(
-                loader=SimpleNamespace(bad_samples=3),
+                bad_samples=3,
                 tokens_by_source=lambda: {"text": 60 * self.trainer.global_step},
             ),
             strategy=SimpleNamespace(grad_norm=2.0),

@@ -27,7 +27,7 @@ from nemo_bluelm.runtime.single import (  # noqa: E402
     load_model,
     single_process_world,
 )
-from nemo_bluelm.train.run import open_data  # noqa: E402
+from nemo_bluelm.train.packs import open_packs  # noqa: E402
 from nemo_bluelm.train.teacher_logits import make  # noqa: E402
 
 TOP_K = 7
@@ -38,7 +38,13 @@ def recipe(corpus, tmp_path_factory):
     """Of half of the corpus' text, in short packs, so that texts are split."""
     folder = tmp_path_factory.mktemp("recipe")
     shards = "data.sources.text.shards=[text-train-0000.tar]"
-    keys = [f"data.root={corpus}", f"data.index={folder / 'index'}", "data.sequence_length=256", shards]
+    keys = [
+        f"data.root={corpus}",
+        f"data.index={folder / 'index'}",
+        "data.sequence_length=256",
+        shards,
+        "~data.sources.needle",
+    ]
     shape = ["model.language.hidden_size=64", "model.language.ffn_hidden_size=64"]
     return load_recipe("tiny/text_teacher", [*keys, *shape])
 
@@ -48,7 +54,7 @@ def teacher(recipe, tmp_path_factory):
     """A checkpoint with weights drawn at random."""
     folder = tmp_path_factory.mktemp("teacher")
     (folder / RECIPE_FILE).write_text(to_yaml(recipe))
-    tokenizer = open_data(recipe).tokenizer
+    tokenizer = open_packs(recipe).tokenizer
     (folder / TOKENIZER_FILE).write_bytes(tokenizer.content)
     (folder / WEIGHTS_DIR).mkdir()
     with single_process_world():
@@ -66,7 +72,7 @@ def stored(recipe, teacher, tmp_path_factory):
 
 
 def loader_of(recipe, folder, **keys):
-    return open_data(replace(recipe, distill=replace(recipe.distill, logits=str(folder), **keys)))
+    return open_packs(replace(recipe, distill=replace(recipe.distill, logits=str(folder), **keys)))
 
 
 @pytest.mark.slow
@@ -90,6 +96,40 @@ def test_packs_carry_what_the_teacher_says_of_them(recipe, teacher, stored):
                 assert same > 0.99  # ties of fp16 aside
             assert not batch.teacher_scores.isnan().any()
     assert split > 3
+
+
+@pytest.mark.slow
+def test_all_tokens_from_disk_teach_as_the_dense_divergence(recipe, teacher, tmp_path):
+    """KL(teacher || student) of stored logits of the whole vocabulary, against its definition in fp64."""
+    from nemo_bluelm.layers.divergence import top_k_divergence
+
+    vocabulary = recipe.model.language.vocab_size
+    short = replace(recipe, data=replace(recipe.data, sources={"text": few_texts(recipe, tmp_path)}))
+    assert make(str(teacher), short, tmp_path / "logits", vocabulary, dtype="float32") == 1
+    loader = loader_of(short, tmp_path / "logits")
+    with single_process_world(), torch.inference_mode():
+        model, _, _ = load_model(teacher)
+        loaded = loader.load(next(loader.plan))
+        batch = loaded.batch
+        log_p = model(batch)[0].double().log_softmax(1)
+        student = torch.randn(log_p.shape, generator=torch.Generator().manual_seed(1)) * 3
+        wanted = (log_p.exp() * (log_p - student.double().log_softmax(1))).sum(1)
+        scores = batch.teacher_scores[0]
+        found = top_k_divergence(student, batch.teacher_ids[0], scores, 1.0, torch.distributed.group.WORLD)
+    assert scores.dtype == torch.float32 and scores.size(1) == vocabulary
+    for document, start in zip(loaded.documents, batch.bounds):
+        rows = slice(start, start + document.length - 1)
+        assert (found[rows].double() / wanted[rows] - 1).abs().max() < 1e-6
+    assert loaded.documents
+
+
+def few_texts(recipe, folder):
+    """A source of a few texts, whose logits of all tokens don't fill the disk."""
+    source = recipe.data.sources["text"]
+    texts = folder / "few.jsonl"
+    lines = [json.dumps({"text": "Call me Ishmael. Some years ago, never mind how long precisely."}) for _ in range(4)]
+    texts.write_text("\n".join(lines) + "\n")
+    return replace(source, shards=[str(texts)])
 
 
 @pytest.mark.slow
@@ -128,7 +168,7 @@ def test_a_damaged_shard_is_one_line(recipe, stored, tmp_path):
         loader.load(next(loader.plan))
     meta = json.loads((copy / "meta.json").read_text())
     (copy / "meta.json").write_text(json.dumps({**meta, "version": 0}))
-    with pytest.raises(UserError, match="has version 0, not 1"):
+    with pytest.raises(UserError, match="has version 0, not 2"):
         loader_of(recipe, copy)
 
 

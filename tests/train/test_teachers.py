@@ -25,6 +25,7 @@ def taught(recipe_file, tmp_path):
     "its, mine, message",
     [
         (["model.language.vocab_size=4096"], [], "model.language.vocab_size is 2048, but .* was trained with 4096"),
+        (["train.lora.rank=4"], [], "has LoRA adapters, which its weights don't have yet; .*nemo-bluelm merge"),
         (["model.geometry.tile=84"], [], "model.geometry.tile is 56, but .* was trained with 84"),
         (
             ["model.language.yarn.original_max_position_embeddings=256", "data.sequence_length=128"],

@@ -11,7 +11,7 @@ import types
 from pathlib import Path
 
 
-def _train(recipe) -> int:
+def _train(recipe, make_job) -> int:
     from nemo_bluelm.errors import UserError
 
     rank, behaviour = int(os.environ["RANK"]), os.environ["FAKE_TRAINING"]
