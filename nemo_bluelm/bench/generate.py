@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import tokenizers
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class Load:
 def measure_generation(recipe: Recipe, load: Load, temperature: float) -> list[dict]:
     """A row for ours and one for transformers: SDPA, a batch that all replies share from their start to their end.
 
-    Both have random weights, and draw from the same number of tokens. ``prepare`` must have been called.
+    Both have random weights, and draw from the whole vocabulary. ``prepare`` must have been called.
     """
     rows = []
     for name, run in (("nemo_bluelm", _ours), ("transformers", _theirs)):
@@ -62,8 +63,7 @@ def _ours(recipe: Recipe, load: Load, temperature: float) -> dict:
     from nemo_bluelm.runtime.single import build_model, single_process_world
 
     with single_process_world(), TemporaryDirectory() as folder:
-        train_tokenizer(["of nine"], 300, Path(folder) / "tokenizer.json")
-        tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
+        tokenizer = _tokenizer(Path(folder) / "tokenizer.json", recipe.model.language.vocab_size)
         model = build_model(recipe, tokenizer.image).eval()
         initialize(model, recipe.model.language, recipe.seed)
         generator = Generator(model, tokenizer, geometry_of(recipe.model))
@@ -110,6 +110,15 @@ def _theirs(recipe: Recipe, load: Load, temperature: float) -> dict:
     if not temperature and load.samples > 1:
         raise ValueError("transformers gives no several samples without a temperature")
     return _figures(write, load)
+
+
+def _tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Any tokenizer that knows every row of the vocabulary, so that both draw from as many tokens."""
+    train_tokenizer(["of nine"], 300, path)
+    known = tokenizers.Tokenizer.from_file(str(path))
+    known.add_tokens([f"token {number}" for number in range(vocab_size - known.get_vocab_size())])
+    known.save(str(path))
+    return Tokenizer.load(path)
 
 
 def _prompts(recipe: Recipe, load: Load, image: int) -> list[tuple[list[int], Tensor]]:

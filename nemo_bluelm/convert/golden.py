@@ -76,7 +76,7 @@ def _greedy(model, prompt: TokenPrompt, tokenizer: Tokenizer, rows: int) -> dict
         logits = decoder.prefill([prompt.tokens], [prompt.tiles], 1, NEW_TOKENS)
         while len(tokens) < NEW_TOKENS:
             if tokens:
-                logits = decoder.step(tokens[-1:])
+                logits = decoder.step(torch.tensor(tokens[-1:], device=logits.device))
             (first, second), (token, _) = (pair.tolist() for pair in logits[0, :rows].log_softmax(-1).topk(2))
             tokens.append(token)
             logprobs.append(first)

@@ -178,7 +178,7 @@ def _greedy(ours, case: Case, tokenizer: Tokenizer, vocabulary: int) -> list[int
             written.append(logits[0, :vocabulary].argmax().item())
             if written[-1] == tokenizer.eos or len(written) == NEW_TOKENS:
                 return written
-            logits = decoder.step(written[-1:])
+            logits = decoder.step(torch.tensor(written[-1:], device=logits.device))
     finally:
         decoder.close()
 

@@ -141,6 +141,6 @@ class Tokenizer:
         """Text of ids, special tokens written out unless ``skip_special``."""
         return self._bpe.decode(list(ids), skip_special_tokens=skip_special)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         return max(self._bpe.get_vocab().values()) + 1  # ids may have gaps

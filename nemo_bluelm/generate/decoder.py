@@ -8,17 +8,21 @@ from torch import Tensor
 
 from nemo_bluelm.data.chat import Encoded
 from nemo_bluelm.data.packs import collate
+from nemo_bluelm.generate.graph import StepGraph
 from nemo_bluelm.layers.kv_cache import KVCache, Place
 
 if TYPE_CHECKING:
     from nemo_bluelm.model.bluelm import BlueLMModel
 
 TOKENS_AT_ONCE = 16384  # of the prompts that go through the model together; a longer prompt goes alone
-_WIDTHS = 64  # attention looks at a multiple of so many cells
+_WIDTHS = 128  # attention looks at a multiple of so many cells; each width is recorded once on a GPU
 
 
 class Decoder:
     """The sequences that are being written; a row of every tensor is a sequence.
+
+    On a GPU the steps of one process are recorded as CUDA graphs: launched one by one, a step's kernels would take the
+    host longer than the GPU.
 
     Args:
         model: whole, or one rank's part of it by tensor parallelism; in evaluation mode.
@@ -30,7 +34,11 @@ class Decoder:
         self._device = next(model.parameters()).device
         self._attentions = [layer.self_attention.core_attention for layer in model.language.decoder.layers]
         self._lengths: list[int] = []
+        self._positions: Tensor | None = None  # the same, on the device
         self._capacity = 0
+        self._records = self._device.type == "cuda" and model.config.tensor_model_parallel_size == 1
+        self._warm = False  # the kernels of a step have run
+        self._graph: StepGraph | None = None
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]], tiles: Sequence[Tensor], samples: int, room: int) -> Tensor:
@@ -46,7 +54,8 @@ class Decoder:
         """
         config = self._model.config
         self._lengths = [len(prompt) for prompt in prompts]
-        self._capacity = max(self._lengths) + room
+        self._positions = torch.tensor(self._lengths, device=self._device)
+        self._capacity = -(-(max(self._lengths) + room) // _WIDTHS) * _WIDTHS
         groups = config.num_query_groups // config.tensor_model_parallel_size
         shape = (len(prompts), groups, self._capacity, config.kv_channels)
         for attention in self._attentions:
@@ -75,15 +84,27 @@ class Decoder:
         return self._model.language.logits(hidden[pack.cu_seqlens[1:].long() - 1])
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Add a token to each sequence -> fp32 [sequences, vocabulary], logits after it."""
-        width = min(self._capacity, -(-(max(self._lengths) + 1) // _WIDTHS) * _WIDTHS)
-        inputs = torch.tensor([tokens, self._lengths], device=self._device)
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add a token to each sequence -> fp32 [sequences, vocabulary], logits after it.
+
+        The next step may overwrite them.
+
+        Args:
+            tokens: int64 [sequences], on the model's device.
+        """
+        width = -(-(max(self._lengths) + 1) // _WIDTHS) * _WIDTHS
+        if self._graph is not None and self._graph.width != width:
+            self._graph = None  # frees its memory before the next one takes its own
+        if self._records and self._warm and self._graph is None:
+            self._graph = StepGraph(self._step, len(tokens), width, self._device)
+        logits = self._graph(tokens, self._positions) if self._graph else self._step(tokens, self._positions, width)
+        self._warm = True
+        self._positions += 1
         self._lengths = [length + 1 for length in self._lengths]
-        return self._step(*inputs, width)
+        return logits
 
     def _step(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
-        """One pass over tensors of the device alone, without a look at their values: what a CUDA graph could replay.
+        """One pass over tensors of the device alone, without a look at their values: what a CUDA graph can replay.
 
         Args:
             tokens, positions: int64 [sequences], each sequence's new token and its cell.
@@ -110,12 +131,15 @@ class Decoder:
     def keep(self, sequences: Sequence[int]) -> None:
         """Go on with these sequences, in this order; one may come several times."""
         rows = torch.tensor(sequences, device=self._device)
+        self._graph = None  # it reads the caches of before
         for attention in self._attentions:
             attention.cache.select(rows)
+        self._positions = self._positions[rows]
         self._lengths = [self._lengths[i] for i in sequences]
 
     def close(self) -> None:
         """Free the caches."""
+        self._graph = None
         for attention in self._attentions:
             attention.cache = None
 

@@ -12,7 +12,7 @@ from nemo_bluelm.data.decode import load_tiles
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.generate.decoder import Decoder
 from nemo_bluelm.generate.request import Piece, Prompt, Reply, Sampling, TokenPrompt
-from nemo_bluelm.generate.sampling import draw
+from nemo_bluelm.generate.sampling import draw, fetch
 from nemo_bluelm.generate.writer import Writer
 from nemo_bluelm.geometry import Geometry
 
@@ -83,10 +83,15 @@ class Generator:
             tokens, tiles = [prompt.tokens for prompt in prompts], [prompt.tiles for prompt in prompts]
             logits = decoder.prefill(tokens, tiles, sampling.samples, sampling.max_new_tokens)
             rows = writers  # the sequences that the decoder has
-            while True:
+            for left in reversed(range(sampling.max_new_tokens)):
                 # Further rows of the vocabulary only pad the embedding.
                 tokens, logprobs = draw(logits[:, : self.tokenizer.vocab_size], sampling, rows)
-                for writer, token, logprob in zip(rows, tokens, logprobs):
+                drawn = fetch(tokens, logprobs)
+                # A GPU goes on while the host looks at what was drawn; should no reply want it, that step was in vain.
+                ahead = tokens.is_cuda and left > 0
+                if ahead:
+                    logits = decoder.step(tokens)
+                for writer, token, logprob in zip(rows, *drawn()):
                     if not writer.ended:
                         text, thinking = writer.add(token, logprob)
                         if text or writer.ended:
@@ -97,8 +102,9 @@ class Generator:
                     return
                 if len(going) < len(wanted) or len(going) <= _WORTH_IT * len(rows):
                     decoder.keep(going)
-                    rows, tokens = [rows[row] for row in going], [tokens[row] for row in going]
-                logits = decoder.step(tokens)
+                    rows, tokens, logits = [rows[row] for row in going], tokens[going], logits[going]
+                if not ahead:
+                    logits = decoder.step(tokens)
         finally:
             decoder.close()
 

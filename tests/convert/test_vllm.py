@@ -21,7 +21,7 @@ from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.generate.generator import open_generator
 from nemo_bluelm.generate.request import Sampling
-from nemo_bluelm.generate.sampling import draw
+from nemo_bluelm.generate.sampling import draw, fetch
 from nemo_bluelm.generate.writer import Writer
 from nemo_bluelm.runtime.run_dir import resolve_checkpoint
 from tests.convert.exports import ODD, write_random
@@ -56,7 +56,7 @@ def thinking(folder):
 def by_generator(logits, think, sampling, tokenizer):
     writer = Writer(think, sampling, tokenizer, [tokenizer.bos], 0)
     for step in logits:
-        (token,), (logprob,) = draw(step[None], sampling, [writer])
+        (token,), (logprob,) = fetch(*draw(step[None], sampling, [writer]))()
         writer.add(token, logprob)
         if writer.ended:
             break

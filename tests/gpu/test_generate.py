@@ -89,3 +89,28 @@ def test_budgets(pair, budget):
         for reply in generator.generate(prompts, sampling):
             assert reply.thinking_tokens <= (90 if budget is None else budget)
             assert reply.tokens.count(end) == 1 and reply.answer_tokens >= 1
+
+
+class Launched:
+    """In the place of a recorded step: its kernels one by one."""
+
+    def __init__(self, step, sequences, width, device):
+        self.width = width
+        self.step = step
+
+    def __call__(self, tokens, positions):
+        return self.step(tokens, positions, self.width)
+
+
+@pytest.mark.parametrize("min_new_tokens", [0, 150])
+def test_recorded_steps_are_the_launched_ones(pair, monkeypatch, min_new_tokens):
+    """Over several widths, and while sequences leave."""
+    generator, _ = pair
+    sampling = Sampling(150, min_new_tokens, 1.0, samples=SAMPLES, seed=3, think_budget=40)
+    recorded = generator.generate(ASKED, sampling)
+    monkeypatch.setattr("nemo_bluelm.generate.decoder.StepGraph", Launched)
+    launched = generator.generate(ASKED, sampling)
+    assert [reply.tokens for reply in recorded] == [reply.tokens for reply in launched]
+    assert [reply.logprobs for reply in recorded] == [reply.logprobs for reply in launched]
+    if not min_new_tokens:
+        assert len({len(reply.tokens) for reply in recorded}) > 1
