@@ -33,6 +33,10 @@ class LanguageModel(GPTModel):
         vp_stage: Optional[int] = None,
         pg_collection: Optional[ProcessGroupCollection] = None,
     ):
+        if config.gradient_accumulation_fusion and config.transformer_impl == "transformer_engine":
+            from nemo_bluelm.layers.te import install_wgrad_accumulation
+
+            install_wgrad_accumulation()  # the output layer refuses to be made without it
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(config, causal=True, vp_stage=vp_stage),

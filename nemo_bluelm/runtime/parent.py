@@ -14,10 +14,24 @@ def bound_to_this_process() -> dict[str, str]:
 
 
 def follow_parent() -> None:
-    """End this process when the one that marked it ends, even by SIGKILL. Does nothing in an unmarked process."""
+    """End this process and its forks when the one that marked it ends, even by SIGKILL; nothing in an unmarked process.
+
+    Megatron-Core writes checkpoints from forks, and one of them, which keeps their results, would wait for ever.
+    """
     parent = os.environ.get(PARENT)
     if parent is None:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended before the line above
-        os._exit(1)
+    library, me = ctypes.CDLL(None), os.getpid()
+
+    def end_with(parent: int) -> None:
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the line above
+            os._exit(1)
+
+    def in_fork() -> None:
+        nonlocal me
+        parent, me = me, os.getpid()
+        end_with(parent)
+
+    end_with(int(parent))
+    os.register_at_fork(after_in_child=in_fork)

@@ -16,7 +16,7 @@ from nemo_bluelm.config.schema import Recipe
 from nemo_bluelm.data.packs import PackedBatch
 from nemo_bluelm.layers.context import context_rows
 from nemo_bluelm.model.bluelm import BlueLMModel
-from nemo_bluelm.model.config import HAVE_TE, language_transformer_config, vision_transformer_config
+from nemo_bluelm.model.config import language_transformer_config, vision_transformer_config
 from nemo_bluelm.model.flops import pack_flops
 from nemo_bluelm.model.init import initialize
 from nemo_bluelm.model.lora import add_lora, leaves_mlp
@@ -61,10 +61,6 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
         """Build this rank's part; Lightning calls it once, NeMo again for every further virtual stage."""
         if self.recipe.parallel.virtual_pipeline is not None:
             vp_stage = vp_stage or 0
-        if HAVE_TE:
-            from nemo_bluelm.layers.te import install_wgrad_accumulation
-
-            install_wgrad_accumulation()
         self.module = BlueLMModel(
             self.config,
             self.recipe.model,

@@ -72,8 +72,9 @@ def build_model(recipe: Recipe, image_token_id: int, local: bool = False) -> tor
     precision = PrecisionConfig(recipe.precision.dtype)  # prompts have lengths that FP8 products can't take
     layout = ParallelConfig(tensor=parallel_state.get_tensor_model_parallel_world_size())
     config = language_transformer_config(recipe.model.language, layout, precision)
+    config = replace(config, gradient_accumulation_fusion=False)  # there is no optimizer's buffer to add to
     if local:
-        config = replace(config, transformer_impl="local", gradient_accumulation_fusion=False, apply_rope_fusion=False)
+        config = replace(config, transformer_impl="local", apply_rope_fusion=False)
     lora = recipe.train.lora
     config.fused_mlp = leaves_mlp(lora)
     model = BlueLMModel(config, recipe.model, image_token_id, recipe.data.sequence_length)

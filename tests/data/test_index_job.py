@@ -27,7 +27,7 @@ def test_parallel_is_serial(build, corpus, tmp_path):
     parallel = build("[pt]*-train*", root=corpus, out="parallel", workers=2, progress=lambda *call: calls.append(call))
     assert {n: s.digest for n, s in serial.items()} == {n: s.digest for n, s in parallel.items()}
     samples = sum(len(shard) for shard in serial.values())
-    assert calls[0] == (0, 4, 0) and calls[-1] == (4, 4, samples)
+    assert calls[0] == (0, len(serial), 0) and calls[-1] == (len(serial), len(serial), samples)
     assert all(a[0] <= b[0] and a[2] <= b[2] for a, b in zip(calls, calls[1:]))
 
 
@@ -52,10 +52,9 @@ def test_two_processes_build_one_index(build, corpus, tmp_path):
     processes = [subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE) for _ in range(3)]
     outputs = {process.communicate()[0] for process in processes}
     assert len(outputs) == 1 and [process.returncode for process in processes] == [0, 0, 0]
-    assert outputs.pop().decode().split() == [
-        s.digest for s in build("[pt]*-train*", root=corpus, out="alone").values()
-    ]
-    assert len(list((tmp_path / "index").glob("*.arrow"))) == 4
+    alone = build("[pt]*-train*", root=corpus, out="alone")
+    assert outputs.pop().decode().split() == [shard.digest for shard in alone.values()]
+    assert len(list((tmp_path / "index").glob("*.arrow"))) == len(alone) > 3
 
 
 def test_others_wait_while_one_builds(build, tmp_path):

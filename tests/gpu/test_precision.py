@@ -17,7 +17,8 @@ MODEL = (
 )
 # No text comes twice: by heart, curves part by more than the precision makes them.
 TEXT = [
-    *("~data.sources.digits", "~data.sources.photos", f"data.sources.text.shards=[text-{TOKENS}-*.tar]"),
+    *(f"~data.sources.{source}" for source in ("digits", "photos", "prose", "needle")),
+    f"data.sources.text.shards=[text-{TOKENS}-*.tar]",
     *(f"data.sequence_length={TOKENS}", "data.max_documents=2", "train.freeze=[vision,projector]"),
     *(f"train.global_batch_size={PACKS}", f"train.micro_batch_size={PACKS // 2}", f"train.steps={STEPS}"),
     *("train.save_every=1000", "optim.lr=5e-4", "optim.warmup_steps=20", "parallel.distributed_optimizer=true"),

@@ -34,7 +34,7 @@ FEWER = ["parallel=single", "model.vision.num_layers=2", "model.language.num_lay
 FEWER += ["optim.lr=1e-5", "optim.min_lr=0"]  # the recipes' own are for batches that are hundreds of times as large
 FEWER += [f"train.steps={STEPS}", "train.global_batch_size=2", f"train.save_every={STEPS}", "init_from=null"]
 FIRST = {
-    "align_projector": [],
+    "align_projector": ["init_vision_from=null"],
     "joint_pretrain": ["precision=fp8_delayed"],
     "reasoning_pretrain": [],
     # Nothing here is tagged as key data.

@@ -168,7 +168,9 @@ def test_a_mistake_is_told_before_anything_is_trained(override, expected, ablate
 
 def test_without_a_name_the_names_are_told(cli):
     code, _, error = cli("ablate")
-    assert "which ablation? There are control_token, distill_weight, text_ratio, yarn" in one_line(code, error)
+    assert "which ablation? There are control_token, distill_weight, grpo_negatives, hybrid_rewards," in one_line(
+        code, error
+    )
 
 
 def test_a_mistyped_name(cli):
