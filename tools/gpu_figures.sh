@@ -14,6 +14,7 @@ one=(data.max_documents=1)  # CUDA graphs have a fixed number of documents; pack
 case_of() {
   case ${GIB:-140}_$1 in
     80_text_4k_bf16) echo train bench/text_4k "${ours[@]}" train.micro_batch_size=3 train.global_batch_size=12 ;;
+    80_text_4k_bf16_graphs) echo train bench/text_4k "${ours[@]}" train.micro_batch_size=3 train.global_batch_size=12 "${graphs[@]}" "${one[@]}" ;;
     80_text_4k_fp8) echo train bench/text_4k "${ours[@]}" train.micro_batch_size=2 train.global_batch_size=12 "${graphs[@]}" "${one[@]}" "${fp8[@]}" ;;
     80_text_8k_fp8) echo train bench/text_8k "${ours[@]}" train.micro_batch_size=1 "${graphs[@]}" "${one[@]}" "${fp8[@]}" ;;
     80_peers_text_4k) echo peers bench/text_4k --no-ours --micro-batches 2 train.global_batch_size=12 ;;
