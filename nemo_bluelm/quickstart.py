@@ -191,7 +191,8 @@ def _texts(corpus: Path) -> list[str]:
 
 def _print(report: dict, path: Path) -> None:
     columns = ("stage", "steps", "loss", "tokens/s", "seconds", "text loss")
-    table = Table(*(Column(name, no_wrap=True) for name in columns), box=box.SIMPLE, pad_edge=False)
+    tight = (0, 1, 0, 0)  # it is to fit 80 columns
+    table = Table(*(Column(name, no_wrap=True) for name in columns), box=box.SIMPLE, pad_edge=False, padding=tight)
     for row in report["stages"]:
         change = f"{row['first']:.2f} -> {row['last']:.2f}"
         change += "" if row["measure"] == "loss" else f" {row['measure'].partition('/')[0]}"

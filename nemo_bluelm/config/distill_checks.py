@@ -37,8 +37,12 @@ def distill_problems(recipe: Recipe) -> Iterator[str]:
         if value is not None and not 0 < value < float("inf"):
             yield f"distill.{key} is {value}; it must be greater than 0 and finite"
     rows = recipe.model.language.vocab_size
-    if distill.top_k is not None and not 1 <= distill.top_k <= rows:
-        yield f"distill.top_k is {distill.top_k}; it must be from 1 to model.language.vocab_size {rows}, or null"
+    for key in ("top_k", "top_k_end"):
+        value = getattr(distill, key)
+        if value is not None and not 1 <= value <= rows:
+            yield f"distill.{key} is {value}; it must be from 1 to model.language.vocab_size {rows}, or null"
+    if distill.top_k is None and distill.top_k_end is not None:
+        yield f"distill.top_k_end is {distill.top_k_end} without distill.top_k, from which it is reached; set both"
     if pipeline > 1:
         yield (
             f"parallel.pipeline is {pipeline} with distill; teacher and student meet on one pipeline rank, set "

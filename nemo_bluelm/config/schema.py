@@ -315,8 +315,8 @@ class TrainConfig:
 @dataclass
 class DistillConfig:
     """Learning from a larger model beside the data: the loss is (1 - w) * CE + w * T^2 * KL(teacher || student), both
-    distributions at temperature T. T^2 keeps the gradient's size (Hinton et al., arXiv 1503.02531, section 2). Weight
-    and temperature go linearly from their value at the first step to the one at the last."""
+    distributions at temperature T. T^2 keeps the gradient's size (Hinton et al., arXiv 1503.02531, section 2). Weight,
+    temperature and top_k go linearly from their value at the first step to the one at the last."""
 
     teacher: Optional[str] = None  # run or checkpoint folder of a model that runs beside the student
     split_teacher: bool = True  # over the tensor-parallel ranks, as the student is; false: whole on each of them
@@ -326,6 +326,7 @@ class DistillConfig:
     temperature: float = 1.0  # T
     temperature_end: Optional[float] = None  # null: temperature
     top_k: Optional[int] = None  # the teacher's likeliest tokens that count one by one, the rest as one; null: all
+    top_k_end: Optional[int] = None  # null: top_k
 
 
 @dataclass

@@ -65,7 +65,9 @@ class TeacherLogits:
         stored, self._dtype = meta["top_k"], np.dtype(meta["dtype"])
         self.k = top_k or stored
         if self.k > stored:
-            raise UserError(f"distill.top_k is {top_k}, but distill.logits {folder} has {stored} tokens; lower it")
+            raise UserError(
+                f"distill.top_k or top_k_end is {top_k}, but distill.logits {folder} has {stored} tokens; lower it"
+            )
         if meta["vocabulary"] != vocabulary:
             raise UserError(
                 f"model.language.vocab_size is {vocabulary}, but distill.logits {folder} is of a teacher with "

@@ -14,7 +14,6 @@ from nemo_bluelm.rl.dataset import AllTaskDataset, Curriculum, Task
 from nemo_bluelm.rl.environments.environment import Environments
 from nemo_bluelm.runtime.environment import Launch
 from nemo_bluelm.runtime.run_dir import resolve_checkpoint
-from nemo_bluelm.train.guards import control_token_notice
 from nemo_bluelm.train.job import Job
 from nemo_bluelm.train.packs import check_vocabulary
 
@@ -47,7 +46,7 @@ class GRPO(Job):
         return self._dataset.sees_images
 
     def notices(self) -> Iterator[Optional[str]]:
-        yield control_token_notice(self.recipe)
+        yield from super().notices()
         unused = set(self.recipe.environments) - self._dataset.task_names
         if unused:
             yield f"environments {', '.join(sorted(unused))} have no prompts in data.sources"

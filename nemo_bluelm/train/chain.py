@@ -13,11 +13,13 @@ from nemo_bluelm.config.compose import NO_CHECKPOINTS, load_recipe
 from nemo_bluelm.config.pipeline import Pipeline, Stage
 from nemo_bluelm.config.schema import DistillConfig, Recipe
 from nemo_bluelm.data.open import find
+from nemo_bluelm.data.teacher_logits import read_meta
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.parent import bound_to_this_process
 from nemo_bluelm.runtime.run_dir import Origin, newest, resolve_checkpoint, step_of
 from nemo_bluelm.train.continuity import check_init, check_resume, check_shapes, origin_parts
 from nemo_bluelm.train.pruning import prune
+from nemo_bluelm.train.teachers import check_teacher
 
 PRUNING_PACKS = 32  # of calibration
 
@@ -110,6 +112,11 @@ def _check(stage: Stage, pipeline: Pipeline, recipes: dict[str, Recipe], done: d
             check_init(recipe, Origin(key, resolve_checkpoint(folder, key), parts), tokenizer.content)
         else:
             check_shapes(recipe, recipes[origin.name], parts, key)
+    distill = recipe.distill
+    if distill.teacher is not None and not any(Path(distill.teacher) == other.folder for other in pipeline.stages):
+        check_teacher(recipe, tokenizer.content)
+    if distill.logits is not None:
+        read_meta(Path(distill.logits))
     return False
 
 

@@ -48,17 +48,19 @@ class DistilledBlueLM(BlueLM):
         weight = ramp(distill.weight, distill.weight_end, step, steps)
         temperature = ramp(distill.temperature, distill.temperature_end, step, steps)
         logits = self.module(batch)
-        apart = self._divergence(batch, logits[0], temperature) * temperature**2
+        k = distill.top_k and round(ramp(distill.top_k, distill.top_k_end, step, steps))
+        apart = self._divergence(batch, logits[0], temperature, k) * temperature**2
         # Last, because Megatron-Core's cross-entropy works in the logits' memory.
         labels = context_rows(batch.labels, batch.bounds)
         entropy = self.module.language.compute_language_model_loss(labels, logits.transpose(0, 1))[0]
         return torch.stack(((1 - weight) * entropy + weight * apart, entropy.detach(), apart.detach()))
 
-    def _divergence(self, batch: PackedBatch, logits: Tensor, temperature: float) -> Tensor:
-        """KL(teacher || student) of every row, fp32 [S / context size]."""
-        group, k = parallel_state.get_tensor_model_parallel_group(), self.recipe.distill.top_k
+    def _divergence(self, batch: PackedBatch, logits: Tensor, temperature: float, k: Optional[int]) -> Tensor:
+        """KL(teacher || student) of every row, fp32 [S / context size]; of the ``k`` likeliest tokens, None: of all."""
+        group = parallel_state.get_tensor_model_parallel_group()
         if self._teacher is None:
-            ids, scores = (context_rows(rows, batch.bounds)[0] for rows in (batch.teacher_ids, batch.teacher_scores))
+            stored = (batch.teacher_ids, batch.teacher_scores)  # likeliest first
+            ids, scores = (context_rows(rows, batch.bounds)[0, :, :k] for rows in stored)
             scores = (scores.float() / temperature).log_softmax(1) if temperature != 1 else scores
             return top_k_divergence(logits, ids, scores, temperature, group)
         teacher = self._teacher.logits(batch)

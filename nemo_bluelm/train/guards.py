@@ -1,9 +1,12 @@
 """Mistakes in a recipe that show only in what the trained model does."""
 
+from dataclasses import asdict
 from typing import Optional
 
+from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.config.schema import ControlToken, Part, Recipe
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.run_dir import RECIPE_FILE, Origin
 
 # BlueLM-2.5 trains jointly on 40 % text so that text isn't forgotten: fine-tuned on images, BlueLM-3B fell from 60.2
 # to 43.8 in its text benchmarks (GenieBlue, Table 3). How little would do is not known; proposed: 5 points below.
@@ -34,6 +37,27 @@ def text_share_notice(recipe: Recipe, share: float) -> Optional[str]:
         f"{found}, less than {LEAST_TEXT_SHARE:.0%}: the language model may forget what it knows of text; raise the "
         "weights of text in data.sources, or set train.min_text_share to the share that you want"
     )
+
+
+def positions_notice(recipe: Recipe, origin: Origin) -> Optional[str]:
+    """A warning in one line where the model is to turn its positions otherwise than its origin learnt to; else None.
+
+    YaRN after plain RoPE is how a context is made longer, and needs no warning.
+    """
+    if Part.language not in origin.parts:
+        return None
+    mine, its = recipe.model.language, load_recipe(str(origin.checkpoint / RECIPE_FILE), []).model.language
+    pairs = {"rotary_base": (mine.rotary_base, its.rotary_base)}
+    if its.yarn.factor > 1:
+        before = asdict(its.yarn)
+        pairs |= {f"yarn.{name}": (value, before[name]) for name, value in asdict(mine.yarn).items()}
+    for name, (now, then) in pairs.items():
+        if now != then:
+            return (
+                f"model.language.{name} is {now}, and {origin.key} {origin.checkpoint} was trained with {then}: to its "
+                f"weights positions mean something else; set model.language.{name}={then} unless you mean that"
+            )
+    return None
 
 
 def control_token_notice(recipe: Recipe) -> Optional[str]:

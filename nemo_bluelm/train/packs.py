@@ -25,7 +25,8 @@ def open_packs(recipe: Recipe) -> PackLoader:
     distill, rows = recipe.distill, recipe.model.language.vocab_size
     if distill.logits is not None:
         at_one = distill.temperature == 1 and distill.temperature_end in (None, 1)
-        loader.teacher = TeacherLogits(Path(distill.logits), loader, distill.top_k, rows, at_one)
+        most = distill.top_k and max(distill.top_k, distill.top_k_end or 1)
+        loader.teacher = TeacherLogits(Path(distill.logits), loader, most, rows, at_one)
     return loader
 
 

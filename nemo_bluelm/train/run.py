@@ -21,6 +21,7 @@ from nemo_bluelm.runtime.run_dir import (
     step_of,
 )
 from nemo_bluelm.train.continuity import check_frozen, check_init, check_resume, find_origins
+from nemo_bluelm.train.guards import positions_notice
 from nemo_bluelm.train.job import Job, NextToken
 
 
@@ -60,7 +61,7 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
         check_init(recipe, origin, job.tokenizer.content)
     if resume_from is None and job.sees_images:
         check_frozen(recipe, origins)
-    notices = list(job.notices())
+    notices = [*(positions_notice(recipe, origin) for origin in origins), *job.notices()]
     recipe_yaml = to_yaml(recipe).encode()
     lock = _open_run_dir(run_dir, recipe_yaml) if rank == 0 else None
     for notice in notices if rank == 0 else ():

@@ -22,6 +22,8 @@ from nemo_bluelm.errors import UserError
         (["teacher=a", "temperature_end=inf"], "distill.temperature_end is inf; it must be greater than 0"),
         (["teacher=a", "top_k=0"], "distill.top_k is 0; it must be from 1 to model.language.vocab_size 2048"),
         (["teacher=a", "top_k=2049"], "distill.top_k is 2049; it must be from 1 to"),
+        (["teacher=a", "top_k=8", "top_k_end=0"], "distill.top_k_end is 0; it must be from 1 to"),
+        (["teacher=a", "top_k_end=8"], "distill.top_k_end is 8 without distill.top_k"),
         (["teacher=a", "!parallel.pipeline=2"], "parallel.pipeline is 2 with distill; .* set parallel.pipeline=1"),
     ],
 )
@@ -31,7 +33,9 @@ def test_refused(keys, message, recipe_file):
         check_recipe(load_recipe(recipe_file(), overrides), 1)
 
 
-@pytest.mark.parametrize("keys", [["teacher=a"], ["logits=b", "top_k=8"], ["teacher=a", "weight=0", "weight_end=1"]])
+@pytest.mark.parametrize(
+    "keys", [["teacher=a"], ["logits=b", "top_k=8", "top_k_end=2"], ["teacher=a", "weight=0", "weight_end=1"]]
+)
 def test_accepted(keys, recipe_file):
     check_recipe(load_recipe(recipe_file(), [f"distill.{key}" for key in keys]), 1)
 

@@ -11,7 +11,7 @@ SHAPE = (
 )
 WEIGHTS = ("distill.weight=0.9", "distill.weight_end=0.2")
 TEMPERATURES = ("distill.temperature=2", "distill.temperature_end=1")
-TOP_K = 64
+TOP_K, LAST_K = 64, 8
 SHARDS = [f"data.sources.{name}.shards=[{name}-train-0000.tar]" for name in ("digits", "photos", "text")]
 
 
@@ -25,15 +25,17 @@ def taught(corpus, tmp_path_factory, forks):
     forks.run(*TRAIN, "tiny/sft", *data, *SHAPE, *settings, f"run_dir={teacher}")
     run("tools/make_teacher_logits.py", teacher, "tiny/sft", folder / "logits", *data, "--top-k", TOP_K)
     online = [*SHARDS, f"distill.teacher={teacher}", *WEIGHTS, *TEMPERATURES]
-    few = [*SHARDS, f"distill.teacher={teacher}", *WEIGHTS, f"distill.top_k={TOP_K}"]
-    stored = [*SHARDS, f"distill.logits={folder / 'logits'}", *WEIGHTS]
+    few = [*SHARDS, f"distill.teacher={teacher}", *WEIGHTS, f"distill.top_k={TOP_K}", f"distill.top_k_end={LAST_K}"]
+    stored = [*SHARDS, f"distill.logits={folder / 'logits'}", *WEIGHTS, *few[-2:]]
+    constant = few[:-1]
     tensor = ["parallel.tensor=2"]
     layouts = {
-        **{"one": online, "one_few": few, "one_stored": stored},
+        **{"one": online, "one_few": few, "one_stored": stored, "constant": constant},
         "tensor_online": [*online, *tensor, "parallel.sequence=true"],
         "tensor_whole": [*online, *tensor, "distill.split_teacher=false"],
         "tensor_stored": [*stored, *tensor],
         "context_few": [*few, "parallel.context=2"],
+        "context_stored": [*stored, "parallel.context=2"],
     }
     return train_all(corpus, folder, 2, layouts, timeout=500)
 
@@ -44,6 +46,7 @@ def taught(corpus, tmp_path_factory, forks):
     [
         *(("tensor_online", "one"), ("tensor_whole", "one")),
         *(("context_few", "one_few"), ("tensor_stored", "one_stored")),
+        ("context_stored", "one_stored"),
     ],
 )
 def test_every_layout_learns_the_same(name, reference, taught):
@@ -59,5 +62,6 @@ def test_stored_logits_teach_what_the_teacher_does(taught):
 @pytest.mark.long
 def test_temperature_and_number_of_tokens_matter(taught):
     """The references differ, so that the comparisons above compare something."""
-    losses = Run(taught / "one").losses, Run(taught / "one_few").losses
-    assert all(abs(one - few) > 1e-2 for one, few in zip(*losses))
+    one, few, constant = (Run(taught / name).losses for name in ("one", "one_few", "constant"))
+    assert all(abs(a - b) > 1e-2 for a, b in zip(one, few))
+    assert constant[0] == few[0] and abs(constant[-1] - few[-1]) > 1e-3

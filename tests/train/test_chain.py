@@ -1,5 +1,7 @@
 """A pipeline checks all its stages before the first one, and leaves those that are finished."""
 
+import re
+
 import pytest
 
 from nemo_bluelm.atomic import write_atomically
@@ -104,3 +106,11 @@ def test_a_rank_of_a_launcher_starts_no_pipeline(pipeline, cli, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     code, _, error = cli("train", pipeline)
     assert "is a pipeline, which starts the ranks of its stages itself" in one_line(code, error)
+
+
+@pytest.mark.parametrize("key, told", [("teacher", "distill.teacher is .*/absent"), ("logits", ".*/absent")])
+def test_what_a_later_stage_learns_from_is_looked_for_first(key, told, corpus, pipeline, tmp_path, cli, started):
+    overrides = [*settings(corpus, tmp_path / "runs"), f"joint.distill.{key}={tmp_path / 'absent'}"]
+    code, _, error = cli("train", pipeline, *overrides)
+    assert re.search(f"stage joint: .*{told}", one_line(code, error))
+    assert started == [] and not (tmp_path / "runs").exists()

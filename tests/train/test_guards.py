@@ -1,15 +1,18 @@
 """Too little text beside images is told; packaged recipes have enough of it or say why they don't."""
 
+import re
+
 import pytest
 
 from nemo_bluelm.config.checks import check_recipe
-from nemo_bluelm.config.compose import load_recipe, load_without_data
+from nemo_bluelm.config.compose import load_recipe, load_without_data, to_yaml
 from nemo_bluelm.config.grpo import Objective
-from nemo_bluelm.config.schema import geometry_of
+from nemo_bluelm.config.schema import Part, geometry_of
 from nemo_bluelm.data.open import open_data
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.resources import packaged_recipes
-from nemo_bluelm.train.guards import control_token_notice, text_share_notice
+from nemo_bluelm.runtime.run_dir import RECIPE_FILE, Origin
+from nemo_bluelm.train.guards import control_token_notice, positions_notice, text_share_notice
 from tests.conftest import one_line
 
 
@@ -75,3 +78,27 @@ def test_control_token_before_the_query_is_told():
     assert control_token_notice(recipe) is None
     before = load_recipe("tiny/sft", ["data.root=.", "data.chat.control_token=before_query"])
     assert "data.chat.control_token is before_query" in control_token_notice(before)
+
+
+YARN = ["model.language.yarn.factor=8", "model.language.yarn.original_max_position_embeddings=512"]
+
+
+@pytest.mark.parametrize(
+    "then, now, told",
+    [
+        ([], [], None),
+        ([], YARN, None),  # how a context is made longer
+        (YARN, YARN, None),
+        (YARN, ["model.language.yarn.factor=1"], "model.language.yarn.factor is 1.0, and init_from .* with 8.0"),
+        (YARN, [*YARN, "model.language.yarn.mscale=2"], "model.language.yarn.mscale is 2.0, and init_from"),
+        ([], ["model.language.rotary_base=500"], "model.language.rotary_base is 500.*set model.language.rotary_base="),
+    ],
+)
+def test_positions_that_mean_something_else_are_told(then, now, told, tmp_path):
+    def recipe(overrides):
+        return load_recipe("tiny/decay", ["data.root=.", "init_from=null", *overrides])
+
+    (tmp_path / RECIPE_FILE).write_text(to_yaml(recipe(then)))
+    notice = positions_notice(recipe(now), Origin("init_from", tmp_path, tuple(Part)))
+    assert notice is None if told is None else re.search(told, notice)
+    assert positions_notice(recipe(now), Origin("init_vision_from", tmp_path, (Part.vision,))) is None

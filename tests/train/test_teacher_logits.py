@@ -145,7 +145,9 @@ def test_what_is_there_is_kept_and_what_is_missing_made(recipe, teacher, stored,
 def test_what_does_not_fit_is_refused(recipe, teacher, stored, tmp_path):
     with pytest.raises(UserError, match="was made with top_k 7, and now it is 8; choose another folder"):
         make(str(teacher), recipe, stored, 8)
-    with pytest.raises(UserError, match="distill.top_k is 8, but distill.logits .* has 7 tokens; lower it"):
+    with pytest.raises(
+        UserError, match="distill.top_k or top_k_end is 8, but distill.logits .* has 7 tokens; lower it"
+    ):
         loader_of(recipe, stored, top_k=8)
     with pytest.raises(UserError, match="distill.temperature is not 1, but of the likeliest 7 tokens"):
         loader_of(recipe, stored, temperature=2.0)
