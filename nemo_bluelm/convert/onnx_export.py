@@ -87,7 +87,7 @@ def export_onnx(checkpoint: Path, out: Path, dtype: Optional[torch.dtype] = None
                 if (Path(folder) / path.name).exists():
                     os.replace(Path(folder) / path.name, path)
     except OSError as error:
-        data.unlink(missing_ok=True)
+        data.unlink(missing_ok=True)  # it was not there before
         raise UserError(f"{out} can't be written: {error.strerror or error}; choose another place") from error
     return Exported(counts, size, (0, 0))
 

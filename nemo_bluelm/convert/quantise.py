@@ -1,6 +1,8 @@
 """Exports with the language model's linears in FP8 or INT4, calibrated by NVIDIA's ModelOpt."""
 
+import contextlib
 import copy
+import sys
 import warnings
 from dataclasses import dataclass
 from enum import Enum
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from nemo_bluelm.atomic import new_folder
 from nemo_bluelm.config.compose import load_recipe
+from nemo_bluelm.config.schema import LanguageConfig
 from nemo_bluelm.convert.exporting import export_hf
 from nemo_bluelm.convert.hf_files import write_json
 from nemo_bluelm.convert.shards import WEIGHTS, read_json
@@ -19,6 +22,7 @@ from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE
 
+GROUP = 128  # weights that share a scale
 QUANT_FILE = "hf_quant_config.json"
 # ModelOpt 0.37 neither leaves these out by itself nor names them as they are. Engines ask with and without `model.`.
 EXCLUDED = ("model.vision_tower*", "model.multi_modal_projector*", "vision_tower*", "multi_modal_projector*", "lm_head")
@@ -69,6 +73,8 @@ def quantise(checkpoint: Path, out: Path, kind: Kind, calibration: Path) -> Quan
         raise UserError("quantising needs nvidia-modelopt; pip install 'nemo-bluelm[export]'") from error
     from safetensors.torch import save
 
+    if kind is Kind.int4_awq:
+        _check_groups(load_recipe(str(checkpoint / RECIPE_FILE), []).model.language)
     prompts = _prompts(checkpoint, calibration)
     settings = copy.deepcopy({Kind.fp8: mtq.FP8_DEFAULT_CFG, Kind.int4_awq: mtq.INT4_AWQ_CFG}[kind])
     for name in ("*vision_tower*", "*multi_modal_projector*", "*lm_head*"):
@@ -77,7 +83,8 @@ def quantise(checkpoint: Path, out: Path, kind: Kind, calibration: Path) -> Quan
         before = export_hf(checkpoint, folder, dtype=torch.bfloat16, shard_bytes=2**62).size
         model = _load(folder)
         wanted = _logits(model, prompts)
-        model = mtq.quantize(model, settings, lambda given: _logits(given, prompts))
+        with contextlib.redirect_stdout(sys.stderr):  # it tells of its progress
+            model = mtq.quantize(model, settings, lambda given: _logits(given, prompts))
         error = _error(wanted, _logits(model, prompts))
         state, found = _export_hf_checkpoint(model.to(torch.bfloat16), torch.bfloat16)[:2]
         if "lm_head.weight" in state and model.config.tie_word_embeddings:
@@ -92,6 +99,20 @@ def quantise(checkpoint: Path, out: Path, kind: Kind, calibration: Path) -> Quan
         stored = _error(wanted, _logits(dequantised(folder), prompts))
         after = sum(tensor.nbytes for tensor in state.values())
     return Quantised(before, after, error, stored)
+
+
+def _check_groups(language: LanguageConfig) -> None:
+    inputs = {
+        "hidden_size": language.hidden_size,
+        "ffn_hidden_size": language.ffn_hidden_size,
+        "num_attention_heads * kv_channels": language.num_attention_heads * language.kv_channels,
+    }
+    for name, size in inputs.items():
+        if size % GROUP:
+            raise UserError(
+                f"model.language.{name} is {size}, and INT4 takes groups of {GROUP} inputs of a linear; "
+                "use --quantise fp8"
+            )
 
 
 def dequantised(folder: Path) -> nn.Module:

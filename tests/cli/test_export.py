@@ -128,3 +128,38 @@ def test_verify_of_a_damaged_folder(cli, tiny_checkpoint, tmp_path, size):  # no
     path.write_bytes(path.read_bytes()[:size])
     code, _, err = cli("verify", str(tmp_path / "hf"), "--against", str(tiny_checkpoint))
     assert "damaged or cut off" in one_line(code, err)
+
+
+def test_quantised(cli, tiny_checkpoint, tmp_path):  # noqa: F811
+    pytest.importorskip("modelopt")
+    (tmp_path / "prompts").write_text("what is seven of nine?\ndescribe the picture\n")
+    command = ["export", "hf", str(tiny_checkpoint), str(tmp_path / "fp8"), "--quantise", "fp8"]
+    code, out, _ = cli(*command, "--calibration", str(tmp_path / "prompts"), "--json")
+    result = json.loads(out)  # nothing else is on the standard output
+    assert code == 0 and result["after"] < result["before"] and 0 < result["error"] < 0.5
+    assert json.loads((tmp_path / "fp8" / "hf_quant_config.json").read_text())["quantization"]["quant_algo"] == "FP8"
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["hf", "--quantise", "fp8"], "--quantise needs --calibration FILE"),
+        (["hf", "--quantise", "fp8", "--calibration", "absent"], "absent can't be read"),
+        (["vllm", "--quantise", "fp8", "--calibration", "x"], "--quantise is of 'export hf'"),
+        (["hf", "--quantise", "fp8", "--calibration", "x", "--dtype", "float32"], "goes with none of"),
+        (["onnx", "--dtype", "bfloat16"], "take --dtype float32"),
+    ],
+)
+def test_options_that_do_not_go_together(options, told, cli, tiny_checkpoint, tmp_path):  # noqa: F811
+    code, _, err = cli("export", options[0], str(tiny_checkpoint), str(tmp_path / "out"), *options[1:])
+    assert told in one_line(code, err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_file(cli, tiny_checkpoint, tmp_path):  # noqa: F811
+    pytest.importorskip("onnxscript")
+    code, out, err = cli("export", "onnx", str(tiny_checkpoint), str(tmp_path / "v.onnx"), "--json")
+    assert (code, err) == (0, "") and set(json.loads(out)["tensors"]) == {"vision", "projector"}
+    code, _, err = cli("export", "onnx", str(tiny_checkpoint), str(tmp_path / "v.onnx"))
+    assert "v.onnx exists; remove it or choose another" in one_line(code, err)
+    assert [path.name for path in tmp_path.iterdir()] == ["v.onnx"]

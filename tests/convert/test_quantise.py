@@ -43,3 +43,11 @@ def test_no_prompts(checkpoint, tmp_path):
     with pytest.raises(UserError, match="no prompts"):
         quantise(checkpoint, tmp_path / "out", Kind.fp8, tmp_path / "prompts")
     assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_int4_can_not_take(tmp_path):
+    other = write_random(tmp_path / "step_00000001", "model.language.ffn_hidden_size=320")
+    (tmp_path / "prompts").write_text("one\n")
+    with pytest.raises(UserError, match="ffn_hidden_size is 320, and INT4 takes groups of 128 .*--quantise fp8"):
+        quantise(other, tmp_path / "out", Kind.int4_awq, tmp_path / "prompts")
+    assert not (tmp_path / "out").exists()
