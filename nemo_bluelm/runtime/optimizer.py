@@ -1,11 +1,12 @@
-"""NeMo's Megatron optimizer; before its step, gradients are summed over shared tiles and divided by the targets."""
+"""NeMo's Megatron optimizer, whose steps the host doesn't wait for. Before one, gradients are summed over shared tiles
+and divided by the targets."""
 
 from collections.abc import Sequence
 from typing import Optional
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, clip_grads
 from nemo import lightning as nl
 from nemo.lightning.megatron_parallel import MegatronParallel
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
@@ -34,7 +35,10 @@ class Optimizer(nl.MegatronOptimizerModule):
     def optimizers(self, model: MegatronParallel) -> list[torch.optim.Optimizer]:
         """NeMo's hook that builds the optimizer."""
         with split_by(self.multipliers):
-            return super().optimizers(model)
+            optimizers = super().optimizers(model)
+        for optimizer in optimizers:
+            optimizer.mcore_optimizer = _Chained(optimizer.mcore_optimizer.chained_optimizers)
+        return optimizers
 
     def finalize_model_grads(
         self, model: Sequence[torch.nn.Module], num_tokens: Optional[Tensor] = None, **options
@@ -50,6 +54,45 @@ class Optimizer(nl.MegatronOptimizerModule):
             _divide_by_targets(model, num_tokens)
         if self.share_tiles:
             sum_tile_gradients(model)
+
+
+class _Chained(ChainedOptimizer):
+    """Megatron-Core's optimizers, whose gradients are clipped on the device.
+
+    Megatron-Core's own asks the GPU for the gradient norm, so the next step begins with a GPU that waits for the host:
+    60 of 1600 ms of a 4K BF16 step on an H100.
+    """
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, Tensor, None]:
+        """Megatron-Core's hook.
+
+        Returns:
+            True; the gradient norm before clipping, fp64 [] on the device; zeros in the gradient, which aren't counted.
+        """
+        self.prepare_grads()
+        norm = self._norm()
+        if self.config.clip_grad > 0:
+            factor = (self.config.clip_grad / (norm + 1e-6)).clamp(max=1.0).float()  # as clip_grad_by_total_norm_fp32
+            grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+            if grads:
+                torch._foreach_mul_(grads, factor)
+        return self.step_with_ready_grads(), norm, None
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for optimizer in self.chained_optimizers for parameter in optimizer.get_parameters()]
+
+    def _norm(self) -> Tensor:
+        """As ``get_grad_norm_fp32``."""
+        grads = [grad for optimizer in self.chained_optimizers for grad in optimizer.get_main_grads_for_grad_norm()]
+        if grads:
+            overflow = torch.zeros(1, dtype=torch.int, device="cuda")
+            norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, overflow, [grads], False)
+        else:
+            norm = torch.zeros(1, dtype=torch.float, device="cuda")
+        square = norm**2
+        torch.distributed.all_reduce(square, group=self.get_grad_stats_parallel_group())
+        return square[0].double().sqrt()
 
 
 def _divide_by_targets(model: Sequence[torch.nn.Module], num_tokens: Tensor) -> None:

@@ -110,6 +110,10 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
             batch = dataclasses.replace(batch, tiles=no_tiles)
         return batch.to(self.device)
 
+    def log(self, *args, **kwargs) -> None:
+        """Nothing: ``train.metrics`` writes what is to be known of a step. Of what NeMo logs, Lightning would read two
+        numbers off the GPU every step, and the next step would begin with a GPU that waits for the host."""
+
     def other_losses(self) -> dict[str, Tensor]:
         """What else than the loss the last step has to report, fp32 [] each, by its name in metrics.jsonl."""
         return {}

@@ -33,10 +33,7 @@ class Strategy(nl.MegatronStrategy):
     origins: Sequence[Origin] = ()
 
     def optimizer_step(self, optimizer, closure, model=None, **kwargs) -> Any:
-        """One optimizer step; ``grad_norm`` is its gradient norm before clipping, the same number on all ranks.
-
-        NeMo logs it as a tensor on the GPU, and to read that the host would wait for the optimizer to finish.
-        """
+        """One optimizer step; ``grad_norm`` is its gradient norm before clipping, fp64 [], the same on all ranks."""
         loss, self.grad_norm, _ = super(nl.MegatronStrategy, self).optimizer_step(optimizer, closure, model, **kwargs)
         return loss
 

@@ -26,9 +26,8 @@ class _Step:
 
     number: int
     lr: float
-    grad_norm: float
     tokens_by_source: dict[str, int]
-    sums: Later  # loss, then tokens, bad samples and FLOPs over all data-parallel ranks
+    sums: Later  # loss and gradient norm, then tokens, bad samples and FLOPs over all data-parallel ranks
     others: dict[str, Later]  # other losses
     begun: Stamp
     ended: Stamp
@@ -105,9 +104,8 @@ class Metrics(Callback):
         step = _Step(
             number=trainer.global_step,
             lr=self.lr,
-            grad_norm=trainer.strategy.grad_norm,
             tokens_by_source=trainer.datamodule.tokens_by_source(),
-            sums=Later(torch.cat((loss, sums))),
+            sums=Later(torch.cat((loss, trainer.strategy.grad_norm.reshape(1), sums))),
             others={name: Later(value.reshape(1).clone()) for name, value in module.other_losses().items()},
             begun=begun,
             ended=self._mark,
@@ -128,8 +126,8 @@ class Metrics(Callback):
         step, self._step = self._step, None
         if step is None:
             return
-        loss, tokens, bad_samples, flops = step.sums.get()
-        for what, value in (("loss", loss), ("gradient", step.grad_norm)):
+        loss, grad_norm, tokens, bad_samples, flops = step.sums.get()
+        for what, value in (("loss", loss), ("gradient", grad_norm)):
             if not math.isfinite(value):
                 raise UserError(
                     f"the {what} of the run in {self.run_dir} became NaN or infinite in step {step.number}; lower "
@@ -143,7 +141,7 @@ class Metrics(Callback):
             step=step.number,
             loss=loss,
             lr=step.lr,
-            grad_norm=step.grad_norm,
+            grad_norm=grad_norm,
             tokens=int(tokens),
             tokens_by_source=step.tokens_by_source,
             seconds=seconds,

@@ -52,7 +52,7 @@ class Run:
                 bad_samples=3,
                 tokens_by_source=lambda: {"text": 60 * self.trainer.global_step},
             ),
-            strategy=SimpleNamespace(grad_norm=2.0),
+            strategy=SimpleNamespace(grad_norm=torch.tensor(2.0, dtype=torch.float64)),
         )
         self.path = run_dir / "metrics.jsonl"
         self.metrics.on_train_start(self.trainer, self.module)
@@ -140,7 +140,7 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(value, what, 
     if what == "loss":
         run.step(loss=value)
     else:
-        run.trainer.strategy.grad_norm = value
+        run.trainer.strategy.grad_norm = torch.tensor(value, dtype=torch.float64)
         run.step()
     with pytest.raises(UserError, match=f"the {what} of the run in .* NaN or infinite in step 2; lower optim.lr"):
         getattr(run, at)()
