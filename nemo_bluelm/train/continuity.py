@@ -65,6 +65,24 @@ def check_resume(recipe: Recipe, checkpoint: Path) -> None:
         )
 
 
+def resume_notices(recipe: Recipe, checkpoint: Path) -> list[str]:
+    """A line for each key that may be changed on resume, but does not do there what it does to a fresh run."""
+    then = _recipe_of(checkpoint)
+    notices = []
+    for key in ("init_from", "init_vision_from"):
+        if getattr(recipe, key) != getattr(then, key):
+            notices.append(
+                f"{key} is {getattr(recipe, key)}, but the run was started with {getattr(then, key)} and goes on from "
+                f"its own {checkpoint}; to start from other weights, choose another run_dir"
+            )
+    if recipe.train.steps != then.train.steps:
+        notices.append(
+            f"train.steps is {recipe.train.steps}, but was {then.train.steps} up to {checkpoint.name}: from there the "
+            "learning rate follows the other schedule"
+        )
+    return notices
+
+
 def origin_parts(recipe: Recipe) -> dict[str, tuple[Part, ...]]:
     """The parts that a fresh run starts with from each checkpoint, by the recipe's key that names it."""
     if recipe.init_vision_from is None:

@@ -20,7 +20,7 @@ from nemo_bluelm.runtime.run_dir import (
     newest,
     step_of,
 )
-from nemo_bluelm.train.continuity import check_frozen, check_init, check_resume, find_origins
+from nemo_bluelm.train.continuity import check_frozen, check_init, check_resume, find_origins, resume_notices
 from nemo_bluelm.train.guards import positions_notice
 from nemo_bluelm.train.job import Job, NextToken
 
@@ -62,6 +62,7 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
     if resume_from is None and job.sees_images:
         check_frozen(recipe, origins)
     notices = [*(positions_notice(recipe, origin) for origin in origins), *job.notices()]
+    notices += resume_notices(recipe, resume_from) if resume_from else []
     recipe_yaml = to_yaml(recipe).encode()
     lock = _open_run_dir(run_dir, recipe_yaml) if rank == 0 else None
     for notice in notices if rank == 0 else ():

@@ -1,12 +1,21 @@
 """Which differences between a recipe and a checkpoint are refused, and which are not."""
 
+import re
+
 import pytest
 
 from nemo_bluelm.config.compose import load_recipe, to_yaml
 from nemo_bluelm.config.schema import Part
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.run_dir import Origin
-from nemo_bluelm.train.continuity import check_frozen, check_init, check_resume, check_shapes, origin_parts
+from nemo_bluelm.train.continuity import (
+    check_frozen,
+    check_init,
+    check_resume,
+    check_shapes,
+    origin_parts,
+    resume_notices,
+)
 
 TOKENIZER = b"the same"
 
@@ -34,6 +43,23 @@ def recipe(folder, *overrides):
 )
 def test_resume_allows(override, checkpoint):
     check_resume(recipe(checkpoint, override), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("init_from=/else", "init_from is /else, but .* goes on from its own .*; .* choose another run_dir"),
+        ("init_vision_from=/eyes", "init_vision_from is /eyes, but the run was started with None"),
+        ("train.steps=999", "train.steps is 999, but was 280 .*: from there the learning rate"),
+    ],
+)
+def test_what_a_resumed_run_does_not_take_from_the_recipe_is_told(override, told, checkpoint):
+    (notice,) = resume_notices(recipe(checkpoint, override), checkpoint)
+    assert re.search(told, notice)
+
+
+def test_an_unchanged_recipe_resumes_without_a_word(checkpoint):
+    assert resume_notices(recipe(checkpoint), checkpoint) == []
 
 
 @pytest.mark.parametrize(
