@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nemo_bluelm.config.schema import LanguageConfig, ModelConfig, Part, geometry_of
+from nemo_bluelm.config.schema import Activation, LanguageConfig, ModelConfig, Part, geometry_of, projector_width
 from nemo_bluelm.convert.hf_config import language_config, vision_config
 from nemo_bluelm.model.projector import fold_tokens
 
@@ -38,9 +38,9 @@ class HFModel(torch.nn.Module):
         folded = geometry.merge**2 * model.vision.hidden_size
         self.vision = _siglip(model)
         self.projector = torch.nn.Sequential(
-            torch.nn.LayerNorm(folded),
-            torch.nn.Linear(folded, hidden),
-            torch.nn.GELU(),
+            *([torch.nn.LayerNorm(folded)] if model.projector.layer_norm else []),
+            torch.nn.Linear(folded, projector_width(model)),
+            _SwiGLU() if model.projector.activation is Activation.swiglu else torch.nn.GELU(),
             torch.nn.Linear(hidden, hidden),
         )
 
@@ -94,6 +94,12 @@ class HFModel(torch.nn.Module):
 
     def _vision_layers(self) -> Sequence[torch.nn.Module]:
         return getattr(self.vision, "vision_model", self.vision).encoder.layers
+
+
+class _SwiGLU(torch.nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        x, gate = hidden.chunk(2, -1)
+        return x * F.silu(gate)
 
 
 def _siglip(model: ModelConfig) -> torch.nn.Module:

@@ -71,6 +71,13 @@ class Part(str, Enum):
     language = "language"
 
 
+class Activation(str, Enum):
+    """Between the projector's two linear layers."""
+
+    gelu = "gelu"  # of the error function, as in VILA
+    swiglu = "swiglu"  # x * silu(gate), the first layer giving both, as in Cohere2Vision
+
+
 class LoraModule(str, Enum):
     """Linear layers of a decoder layer, by Megatron-Core's names."""
 
@@ -145,8 +152,17 @@ class LanguageConfig:
 
 
 @dataclass
+class ProjectorConfig:
+    """Token fold and MLP between ViT and language model. Defaults: VILA's ``mlp_downsample``."""
+
+    layer_norm: bool = True  # of folded tokens, before the first linear layer
+    activation: Activation = Activation.gelu
+
+
+@dataclass
 class ModelConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
 
@@ -158,6 +174,11 @@ def geometry_of(model: ModelConfig) -> Geometry:
         UserError: sizes that cannot tile.
     """
     return Geometry(**vars(model.geometry))
+
+
+def projector_width(model: ModelConfig) -> int:
+    """Channels that the projector's first linear layer makes."""
+    return model.language.hidden_size * (2 if model.projector.activation is Activation.swiglu else 1)
 
 
 @dataclass

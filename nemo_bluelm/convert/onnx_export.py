@@ -33,7 +33,7 @@ class _Tiles(nn.Module):
         self.vision_tower, self.multi_modal_projector = vision_tower, multi_modal_projector
 
     def forward(self, tiles: Tensor) -> Tensor:
-        dtype = self.multi_modal_projector.norm.weight.dtype
+        dtype = self.multi_modal_projector.linear_1.weight.dtype
         pixels = (tiles.float() / 127.5 - 1.0).to(dtype)
         return self.multi_modal_projector(self.vision_tower(pixels).last_hidden_state)
 

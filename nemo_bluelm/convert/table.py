@@ -3,7 +3,7 @@
 A row serves both directions and every layer. Nothing here reads a file, so a tensor is converted wherever it is from.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple, Optional
@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from nemo_bluelm.config.schema import ModelConfig, Part, geometry_of
+from nemo_bluelm.config.schema import ModelConfig, Part, geometry_of, projector_width
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Row:
         groups: letter; ours has a group's rows of the first of theirs, then of the second, ..., then the next group's.
         layers: there is one for each layer.
         stacked: layers of ours lie in one tensor, along a first axis.
-        untied: only where the head has weights of its own.
+        exists: whether a model has it; None: every one.
     """
 
     part: Part
@@ -35,7 +35,7 @@ class Row:
     groups: str = "1"
     layers: bool = False
     stacked: bool = False
-    untied: bool = False
+    exists: Optional[Callable[[ModelConfig], bool]] = None
 
 
 def _vision_layer(ours: str, theirs: Sequence[str], shapes: Sequence[str], groups: str = "1") -> Iterator[Row]:
@@ -55,9 +55,19 @@ def _language_layer(ours: str, theirs: Sequence[str], shapes: Sequence[str], gro
     return Row(Part.language, f"decoder.layers.{ours}weight", names, tuple(shapes), groups, layers=True, stacked=True)
 
 
-def _projector(ours: str, theirs: str, shape: str) -> Iterator[Row]:
-    yield Row(Part.projector, f"{ours}.weight", (f"{theirs}.weight",), (shape,))
-    yield Row(Part.projector, f"{ours}.bias", (f"{theirs}.bias",), (shape.split()[0],))
+def _projector(
+    ours: str, theirs: str, shape: str, exists: Optional[Callable[[ModelConfig], bool]] = None
+) -> Iterator[Row]:
+    for kind, letters in (("weight", shape), ("bias", shape.split()[0])):
+        yield Row(Part.projector, f"{ours}.{kind}", (f"{theirs}.{kind}",), (letters,), exists=exists)
+
+
+def _normed(model: ModelConfig) -> bool:
+    return model.projector.layer_norm
+
+
+def _untied(model: ModelConfig) -> bool:
+    return not model.language.share_embeddings_and_output_weights
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -74,8 +84,8 @@ TABLE = (
     *_vision_layer("mlp.linear_fc2.", ["mlp.fc2"], ["h f"]),
     Row(Part.vision, "blocks.final_layernorm.weight", ("post_layernorm.weight",), ("h",)),
     Row(Part.vision, "blocks.final_layernorm.bias", ("post_layernorm.bias",), ("h",)),
-    *_projector("norm", "norm", "d"),
-    *_projector("linear_fc1", "linear_1", "H d"),
+    *_projector("norm", "norm", "d", _normed),
+    *_projector("linear_fc1", "linear_1", "P d"),
     *_projector("linear_fc2", "linear_2", "H H"),
     Row(Part.language, "embedding.word_embeddings.weight", ("embed_tokens.weight",), ("V H",)),
     _language_layer("self_attention.linear_qkv.layer_norm_", ["input_layernorm"], ["H"]),
@@ -85,7 +95,7 @@ TABLE = (
     _language_layer("mlp.linear_fc1.", ["mlp.gate_proj", "mlp.up_proj"], ["F H", "F H"]),
     _language_layer("mlp.linear_fc2.", ["mlp.down_proj"], ["H F"]),
     Row(Part.language, "decoder.final_layernorm.weight", ("norm.weight",), ("H",)),
-    Row(Part.language, "output_layer.weight", ("/lm_head.weight",), ("V H",), untied=True),
+    Row(Part.language, "output_layer.weight", ("/lm_head.weight",), ("V H",), exists=_untied),
 )
 # Megatron-Core's layers keep Transformer Engine's state beside these weights; without FP8 there is none.
 STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -148,7 +158,7 @@ def entries(model: ModelConfig, layout: Mapping[Part, str]) -> Iterator[Entry]:
     for layered, rows in _runs(row for row in TABLE if row.part in layout):
         for layer in range(counts[rows[0].part]) if layered else (None,):
             for row in rows:
-                if row.untied and model.language.share_embeddings_and_output_weights:
+                if row.exists and not row.exists(model):
                     continue
                 shapes = tuple(tuple(letters[letter] for letter in shape.split()) for shape in row.shapes)
                 yield Entry(
@@ -188,6 +198,7 @@ def sizes(model: ModelConfig) -> dict[str, int]:
         "f": vision.ffn_hidden_size,
         "a": vision.num_attention_heads,
         "d": vision.hidden_size * geometry.merge**2,
+        "P": projector_width(model),
         "V": language.vocab_size,
         "H": language.hidden_size,
         "F": language.ffn_hidden_size,

@@ -61,9 +61,7 @@ class BlueLMModel(MegatronModule):
             self._tokens_per_tile = geometry.tokens_per_tile
             device = None if config.use_cpu_initialization else torch.cuda.current_device()
             self.vision = VisionTower(vision_config or vision_transformer_config(model.vision, config), geometry)
-            self.projector = Projector(
-                model.vision.hidden_size, model.language.hidden_size, geometry, config.params_dtype, device
-            )
+            self.projector = Projector(model, config.params_dtype, device)
         self.language = LanguageModel(
             config, model.language, max_sequence_length, pre_process, post_process, vp_stage, pg_collection
         )

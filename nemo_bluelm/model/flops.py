@@ -5,7 +5,15 @@ from dataclasses import astuple, dataclass, fields
 from functools import cache
 from typing import Optional
 
-from nemo_bluelm.config.schema import LanguageConfig, LoraConfig, LoraModule, ModelConfig, Part, geometry_of
+from nemo_bluelm.config.schema import (
+    LanguageConfig,
+    LoraConfig,
+    LoraModule,
+    ModelConfig,
+    Part,
+    geometry_of,
+    projector_width,
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,10 @@ def pack_flops(
     # Passes over each weight: forward, the input's gradient, the weights' gradient.
     sees = tiles > 0 and trains[Part.vision]
     in_vision = 3 if trains[Part.vision] else 1
-    in_projector = 1 + (2 if trains[Part.projector] else 1 if sees else 0)  # its norm comes before its first layer
+    # Gradients go through the projector's first layer to the ViT, or to its norm.
+    projects = trains[Part.projector]
+    in_fc1 = 1 + projects + (sees or (projects and model.projector.layer_norm))
+    in_fc2 = 1 + projects + (sees or projects)
     below = tiles > 0 and (trains[Part.vision] or trains[Part.projector])
     lora = lora or LoraConfig()
     weights_learn = trains[Part.language] and not lora.rank
@@ -99,7 +110,7 @@ def pack_flops(
         * vision.num_layers
         * (4 * h * h + 2 * h * vision.ffn_hidden_size),
         vision_attention=in_vision * 4 * tiles * patches**2 * vision.num_layers * h,
-        projector=in_projector * 2 * tiles * shape.tokens_per_tile * (folded * d + d * d),
+        projector=2 * tiles * shape.tokens_per_tile * (in_fc1 * folded * projector_width(model) + in_fc2 * d * d),
         linear=2 * tokens * in_linear,
         adapters=3 * 2 * tokens * text.num_layers * adapter_weights(text, lora),
         attention=in_attention * 2 * pairs * text.num_attention_heads * text.kv_channels,

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_bluelm.geometry import Geometry
+from nemo_bluelm.config.schema import Activation, ModelConfig, geometry_of, projector_width
 
 
 def fold_tokens(features: Tensor, side: int, merge: int) -> Tensor:
@@ -33,20 +33,25 @@ class Projector(torch.nn.Module):
     """Fold, LayerNorm, Linear, GELU, Linear (VILA's ``mlp_downsample``, as BlueLM-V-3B's parameter count shows).
 
     Args:
-        vision_hidden, language_hidden: channel sizes before and after.
-        geometry: gives the patch grid and the fold.
+        model: gives the channel sizes before and after, the patch grid and the fold, and whether norm and activation
+            are others than these.
     """
 
-    def __init__(self, vision_hidden: int, language_hidden: int, geometry: Geometry, dtype: torch.dtype, device=None):
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, device=None):
         super().__init__()
+        geometry, hidden = geometry_of(model), model.language.hidden_size
         self.side, self.merge = geometry.patches_per_side, geometry.merge
-        folded = vision_hidden * geometry.merge**2
+        self.gated = model.projector.activation is Activation.swiglu
+        folded = model.vision.hidden_size * geometry.merge**2
         factory = dict(dtype=dtype, device=device)
-        self.norm = torch.nn.LayerNorm(folded, **factory)
-        self.linear_fc1 = torch.nn.Linear(folded, language_hidden, **factory)
-        self.linear_fc2 = torch.nn.Linear(language_hidden, language_hidden, **factory)
+        self.norm = torch.nn.LayerNorm(folded, **factory) if model.projector.layer_norm else torch.nn.Identity()
+        self.linear_fc1 = torch.nn.Linear(folded, projector_width(model), **factory)
+        self.linear_fc2 = torch.nn.Linear(hidden, hidden, **factory)
 
     def forward(self, features: Tensor) -> Tensor:
         """[n, side * side, vision_hidden] -> [n, tokens_per_tile, language_hidden]."""
-        folded = fold_tokens(features, self.side, self.merge)
-        return self.linear_fc2(F.gelu(self.linear_fc1(self.norm(folded))))
+        hidden = self.linear_fc1(self.norm(fold_tokens(features, self.side, self.merge)))
+        if not self.gated:
+            return self.linear_fc2(F.gelu(hidden))
+        x, gate = hidden.chunk(2, -1)
+        return self.linear_fc2(x * F.silu(gate))

@@ -21,7 +21,7 @@ from nemo_bluelm.model.bluelm import BlueLMModel
 # Must be equal in both models; kv_channels and rotary_base because RoPE turns channels of a head at frequencies of
 # their own.
 _EQUAL = (
-    *("vision", "geometry.tile", "geometry.patch", "geometry.merge"),
+    *("vision", "projector", "geometry.tile", "geometry.patch", "geometry.merge"),
     *("language.num_layers", "language.kv_channels", "language.vocab_size"),
     *("language.rotary_base", "language.layernorm_epsilon"),
 )
@@ -144,8 +144,10 @@ def cut(model: BlueLMModel, kept: Kept, tied: bool) -> dict[str, Tensor]:
     state = {name: weight for name, weight in model.state_dict().items() if isinstance(weight, Tensor)}
     shape, channels = model.language.config, kept.hidden.to(next(model.parameters()).device)
     result = {name: weight for name, weight in state.items() if not name.startswith("language.")}
-    for name in ("projector.linear_fc1.weight", "projector.linear_fc1.bias", "projector.linear_fc2.bias"):
-        result[name] = state[name][channels]
+    result["projector.linear_fc2.bias"] = state["projector.linear_fc2.bias"][channels]
+    for name in ("projector.linear_fc1.weight", "projector.linear_fc1.bias"):
+        halves = state[name].unflatten(0, (-1, shape.hidden_size))  # one, or two of a gated layer
+        result[name] = halves[:, channels].flatten(0, 1)
     result["projector.linear_fc2.weight"] = state["projector.linear_fc2.weight"][channels][:, channels]
 
     embedding = "language.embedding.word_embeddings.weight"

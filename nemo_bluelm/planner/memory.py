@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nemo_bluelm.config.schema import ContextComm, Dtype, Fp8Recipe, LoraModule, Part, Recipe, Recompute, geometry_of
+from nemo_bluelm.config.schema import (
+    ContextComm,
+    Dtype,
+    Fp8Recipe,
+    LoraModule,
+    Part,
+    Recipe,
+    Recompute,
+    geometry_of,
+    projector_width,
+)
 from nemo_bluelm.model.flops import adapter_weights, layer_weights
 from nemo_bluelm.planner.teacher import distills, teacher_beside
 
@@ -128,7 +138,7 @@ def stage_weights(recipe: Recipe, stage: int) -> Weights:
     if stage == 0:
         in_vision = (3 * shape.patch**2 + 1 + shape.patches_per_side**2 + 2) * h
         in_vision += vision.num_layers * (4 * (h + 1) * h + 2 * h * f + f + h + 4 * h)
-        in_projector = 2 * folded + (folded + 1) * d + (d + 1) * d
+        in_projector = 2 * folded * model.projector.layer_norm + (folded + 1) * projector_width(model) + (d + 1) * d
     tables = (stage == 0) + (last and not (stage == 0 and text.share_embeddings_and_output_weights))
     matrices = layer_weights(text) + adapter_weights(text, recipe.train.lora)
     in_language = stage_layers(recipe)[stage] * (matrices // parallel.tensor + 2 * d)
@@ -296,7 +306,11 @@ def _vision(recipe: Recipe, data_parallel: int, tiles: int, size: int) -> float:
     else:
         held, working = patches * vision.num_layers * layer.after(how), patches * layer.again(how)
     if not {Part.vision, Part.projector} <= set(freeze):
-        held += shape.tokens_per_tile * (2 * shape.merge**2 * h + 3 * d) * size
+        # Inputs of the norm and of the first layer; what that makes, the second's input, its output, and of a gated
+        # activation silu(gate).
+        width, inputs = projector_width(recipe.model), 1 + recipe.model.projector.layer_norm
+        inner = width + 2 * d + (d if width > d else 0)
+        held += shape.tokens_per_tile * (inputs * shape.merge**2 * h + inner) * size
     gathered = all_tiles * shape.tokens_per_tile * d * size if parallel.share_tiles and ranks > 1 else 0
     return mine * (flying * held + working) + gathered
 

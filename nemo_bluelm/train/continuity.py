@@ -40,7 +40,12 @@ MAY_MOVE = (
 )
 WEIGHT_SHAPES = {
     Part.vision: ("model.vision.", "model.geometry.tile", "model.geometry.patch"),
-    Part.projector: ("model.vision.hidden_size", "model.language.hidden_size", "model.geometry.merge"),
+    Part.projector: (
+        "model.projector.",
+        "model.vision.hidden_size",
+        "model.language.hidden_size",
+        "model.geometry.merge",
+    ),
     Part.language: ("model.language.",),
 }
 NO_SHAPE = (

@@ -7,7 +7,15 @@ import pytest
 import torch
 from hf_weights import randomize
 
-from nemo_bluelm.geometry import Geometry
+from nemo_bluelm.config.schema import (
+    Activation,
+    GeometryConfig,
+    LanguageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+    geometry_of,
+)
 from nemo_bluelm.model.projector import Projector, fold_tokens
 
 
@@ -27,10 +35,17 @@ def fold(features: np.ndarray, side: int, merge: int) -> np.ndarray:
 
 
 def mlp(token: np.ndarray, w: dict[str, np.ndarray]) -> np.ndarray:
-    """LayerNorm, Linear, GELU by the error function, Linear."""
-    token = (token - token.mean()) / math.sqrt(token.var() + 1e-5) * w["norm.weight"] + w["norm.bias"]
-    token = w["linear_fc1.weight"] @ token + w["linear_fc1.bias"]
-    token = np.array([x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in token])
+    """LayerNorm, Linear, GELU by the error function, Linear; without the norm's weights no norm.
+
+    Where the first layer makes twice what the second takes, its first half is scaled by the second half's SiLU.
+    """
+    if "norm.weight" in w:
+        token = (token - token.mean()) / math.sqrt(token.var() + 1e-5) * w["norm.weight"] + w["norm.bias"]
+    token, size = w["linear_fc1.weight"] @ token + w["linear_fc1.bias"], w["linear_fc2.weight"].shape[1]
+    if len(token) == 2 * size:
+        token = np.array([x * gate / (1 + math.exp(-gate)) for x, gate in zip(token[:size], token[size:])])
+    else:
+        token = np.array([x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in token])
     return w["linear_fc2.weight"] @ token + w["linear_fc2.bias"]
 
 
@@ -50,10 +65,19 @@ def test_27_patches_a_side_become_196_tokens():
     assert grid.sum() == 27 * 27 * 2
 
 
+def shapes(vision: int, language: int, **others) -> ModelConfig:
+    return ModelConfig(
+        vision=VisionConfig(hidden_size=vision), language=LanguageConfig(hidden_size=language), **others
+    )
+
+
 @pytest.mark.parametrize("tile", [56, 70], ids=["even grid", "odd grid"])
-def test_projector(tile):
-    geometry = Geometry(tile=tile)
-    projector = randomize(Projector(6, 10, geometry, torch.float32), seed=1)
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("activation", Activation)
+def test_projector(tile, norm, activation):
+    model = shapes(6, 10, geometry=GeometryConfig(tile=tile), projector=ProjectorConfig(norm, activation))
+    geometry = geometry_of(model)
+    projector = randomize(Projector(model, torch.float32), seed=1)
     side = geometry.patches_per_side
     features = torch.randn(2, side * side, 6, generator=torch.Generator().manual_seed(2))
     weights = {name: p.detach().double().numpy() for name, p in projector.named_parameters()}
@@ -66,5 +90,5 @@ def test_projector(tile):
 @pytest.mark.parametrize("hidden", [2048, 2560])
 def test_parameter_count(hidden):
     with torch.device("meta"):
-        projector = Projector(1152, hidden, Geometry(), torch.float32)
+        projector = Projector(shapes(1152, hidden), torch.float32)
     assert sum(p.numel() for p in projector.parameters()) == hidden**2 + 4610 * hidden + 9216

@@ -13,14 +13,16 @@ from .configuration_bluelm_vl import BlueLMVLConfig
 
 
 class BlueLMVLProjector(nn.Module):
-    """Fold, LayerNorm, Linear, GELU, Linear."""
+    """Fold, LayerNorm, Linear, GELU, Linear; ``config.projector`` may leave the norm out or ask for a gated SiLU."""
 
     def __init__(self, config: BlueLMVLConfig):
         super().__init__()
         self.merge = config.downsample_factor
         folded, hidden = config.vision_config.hidden_size * self.merge**2, config.text_config.hidden_size
-        self.norm = nn.LayerNorm(folded)
-        self.linear_1 = nn.Linear(folded, hidden)
+        options = {"layer_norm": True, "activation": "gelu", **(getattr(config, "projector", None) or {})}
+        self.gated = options["activation"] == "swiglu"
+        self.norm = nn.LayerNorm(folded) if options["layer_norm"] else nn.Identity()
+        self.linear_1 = nn.Linear(folded, config.alignment_intermediate_size)
         self.linear_2 = nn.Linear(hidden, hidden)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -32,7 +34,11 @@ class BlueLMVLProjector(nn.Module):
         out = (side + pad) // merge
         grid = grid.reshape(count, out, merge, out, merge, channels).permute(0, 1, 3, 2, 4, 5)
         folded = grid.reshape(count, out * out, merge * merge * channels)
-        return self.linear_2(F.gelu(self.linear_1(self.norm(folded))))
+        inner = self.linear_1(self.norm(folded))
+        if not self.gated:
+            return self.linear_2(F.gelu(inner))
+        x, gate = inner.chunk(2, -1)
+        return self.linear_2(x * F.silu(gate))
 
 
 class BlueLMVLModel(Cohere2VisionModel):

@@ -60,6 +60,7 @@ class BlueLMVLModel(PreTrainedModel):
             config.text_config.hidden_size,
             config.downsample_factor,
             self.dtype_of_weights,
+            **(getattr(config, "projector", None) or {}),
         ).to(_DEVICE)
         # The engine sizes its cache by the language model.
         self.config = self.llm.config

@@ -18,14 +18,19 @@ class Projector(nn.Module):
         channels: of a patch.
         hidden: of the language model.
         merge: patches folded into a token, in each direction.
+        layer_norm: whether there is a norm.
+        activation: ``gelu``, or ``swiglu``, which is gated.
     """
 
-    def __init__(self, channels: int, hidden: int, merge: int, dtype=None):
+    def __init__(
+        self, channels: int, hidden: int, merge: int, dtype=None, layer_norm: bool = True, activation: str = "gelu"
+    ):
         super().__init__()
         self.merge = merge
         folded = channels * merge**2
-        self.norm = nn.LayerNorm(folded, dtype=dtype)
-        self.linear_1 = nn.Linear(folded, hidden, dtype=dtype)
+        self.gated = activation == "swiglu"
+        self.norm = nn.LayerNorm(folded, dtype=dtype) if layer_norm else nn.Identity()
+        self.linear_1 = nn.Linear(folded, hidden * (2 if self.gated else 1), dtype=dtype)
         self.linear_2 = nn.Linear(hidden, hidden, dtype=dtype)
 
     def forward(self, features):
@@ -37,7 +42,11 @@ class Projector(nn.Module):
         out = (side + pad) // merge
         grid = grid.reshape(count, out, merge, out, merge, channels).permute(0, 1, 3, 2, 4, 5)
         folded = grid.reshape(count, out * out, merge * merge * channels)
-        return self.linear_2(F.gelu(self.linear_1(self.norm(folded))))
+        inner = self.linear_1(self.norm(folded))
+        if not self.gated:
+            return self.linear_2(F.gelu(inner))
+        x, gate = inner.chunk(2, -1)
+        return self.linear_2(x * F.silu(gate))
 
 
 def split_weights(weights) -> tuple:
