@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Optional
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from nemo_bluelm.atomic import new_folder
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.config.schema import Dtype, Part, Recipe
+from nemo_bluelm.convert.hf_config import Flavour
 from nemo_bluelm.convert.hf_files import (
     MODEL_MAP,
     export_config,
@@ -23,6 +23,7 @@ from nemo_bluelm.convert.hf_files import (
     write_processors,
     write_tokenizer,
 )
+from nemo_bluelm.convert.native import demand_native
 from nemo_bluelm.convert.shards import SHARD_BYTES, write_shards
 from nemo_bluelm.convert.table import EXPORT, Entry, count_bytes, entries
 from nemo_bluelm.convert.weights import Weights
@@ -31,13 +32,6 @@ from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE, parts_in
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Flavour(str, Enum):
-    """Whose code runs an export."""
-
-    exact = "exact"  # its own, in the folder
-    native = "native"  # transformers' Cohere2Vision
 
 
 @dataclass(frozen=True)
@@ -91,14 +85,12 @@ def export_hf(
     Raises:
         UserError: as :func:`export_state`; the flavour can't express the model; ``out`` exists or can't be written.
     """
-    if flavour is Flavour.native:
-        raise UserError(
-            "flavour native is Cohere2Vision, whose adapter is a gated SiLU on an even grid without a norm; "
-            "this model's has LayerNorm and GELU; take exact"
-        )
     if shard_bytes < 1:
         raise UserError(f"a shard of {shard_bytes} bytes holds nothing; give 1 or more")
     weights, found, recipe = _open(checkpoint, None)
+    parts = {entry.part for entry in found}
+    if flavour is Flavour.native:
+        demand_native(recipe.model, parts)
     if dtype is None and recipe.precision.dtype is Dtype.bf16:
         dtype = torch.bfloat16
     tokenizer = Tokenizer.load(checkpoint / TOKENIZER_FILE)
@@ -109,7 +101,6 @@ def export_hf(
         for cut in [entry.vocabulary]
         for name, shape in zip(entry.theirs, entry.shapes)
     ]
-    parts = {entry.part for entry in found}
     size = sum(count_bytes(shape, kind) for _, kind, shape in headers)
     with new_folder(out) as folder:
         free = shutil.disk_usage(folder).free
@@ -117,17 +108,18 @@ def export_hf(
             raise UserError(f"{out.parent} has {free >> 20} MiB free and the weights take {size >> 20}; make room")
         stream = (tensor.to(kind) for (_, tensor), (_, kind, _) in zip(_stream(weights, found, vocabulary), headers))
         write_shards(folder, headers, stream, shard_bytes)
-        config = export_config(recipe, parts, tokenizer)
+        config = export_config(recipe, parts, tokenizer, flavour)
         kind = str(dtype or headers[0][1]).removeprefix("torch.")
         config |= {"dtype": kind, "torch_dtype": kind}  # transformers 5's name and 4's
         whole = parts == set(Part)
         if whole:
-            config["auto_map"] = MODEL_MAP
-            write_code(folder)
-            write_processors(folder, recipe)
+            if flavour is Flavour.exact:
+                config["auto_map"] = MODEL_MAP
+            write_code(folder, flavour)
+            write_processors(folder, recipe, flavour)
         write_json(folder / "config.json", config)
-        write_tokenizer(folder, tokenizer, recipe)
-        write_card(folder, checkpoint, recipe, whole)
+        write_tokenizer(folder, tokenizer, recipe, flavour)
+        write_card(folder, checkpoint, recipe, whole, flavour)
     counts = {part: sum(len(entry.theirs) for entry in found if entry.part is part) for part in Part if part in parts}
     return Exported(counts, size, (rows, vocabulary))
 

@@ -3,17 +3,40 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_bluelm.config.schema import LanguageConfig, ModelConfig, Part, VisionConfig, YarnConfig, geometry_of
+from nemo_bluelm.config.schema import (
+    Activation,
+    LanguageConfig,
+    ModelConfig,
+    Part,
+    ProjectorConfig,
+    VisionConfig,
+    YarnConfig,
+    geometry_of,
+    projector_width,
+)
 from nemo_bluelm.convert.table import EXPORT, LLAMA, SIGLIP
 from nemo_bluelm.errors import UserError
 
-MODEL_TYPE, ARCHITECTURE = "bluelm_vl", "BlueLMVLForConditionalGeneration"
+
+class Flavour(str, Enum):
+    """Whose code runs an export."""
+
+    exact = "exact"  # its own, in the folder
+    native = "native"  # transformers' Cohere2Vision
+
+
+ARCHITECTURES = {
+    Flavour.exact: "BlueLMVLForConditionalGeneration",
+    Flavour.native: "Cohere2VisionForConditionalGeneration",
+}
+MODEL_TYPES = {"bluelm_vl": Flavour.exact, "cohere2_vision": Flavour.native}
 _LANGUAGE_TYPES = ("llama", "mistral")
 # Why a language model can't be one of ours.
 _REFUSED = {
@@ -68,19 +91,24 @@ def _understand(config: dict[str, Any], path: Path, base: ModelConfig) -> Source
     if kind in ("siglip", "siglip_vision_model"):
         vision = config.get("vision_config", {}) if kind == "siglip" else config
         return Source(_vision(vision, path, base), SIGLIP, _NOT_VISION)
-    if kind == MODEL_TYPE:
+    if kind in MODEL_TYPES:
         model = _vision(_section(config, "vision_config", path), path, base)
         model, tied = _language(_section(config, "text_config", path), path, model)
         try:
             model = replace(model, geometry=replace(model.geometry, **_section(config, "geometry", path)))
+            projector = dict(config.get("projector") or vars(ProjectorConfig()))  # older exports have the default
+            projector["activation"] = Activation(projector["activation"])
+            model = replace(model, projector=ProjectorConfig(**projector))
             parts = [Part(name) for name in config["parts"]]
             padded = int(config.get("padded_vocab_size") or 0)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} has no usable geometry or parts ({error}); export the model again") from error
+            raise UserError(
+                f"{path} has no usable geometry, projector or parts ({error}); export the model again"
+            ) from error
         return Source(model, {part: EXPORT[part] for part in parts}, tied, padded)
     if kind in _REFUSED:
         raise UserError(f"{path} is of a {kind} model: {_REFUSED[kind]}; import another model")
-    known = ", ".join((*_LANGUAGE_TYPES, "siglip", "siglip_vision_model", MODEL_TYPE))
+    known = ", ".join((*_LANGUAGE_TYPES, "siglip", "siglip_vision_model", *MODEL_TYPES))
     raise UserError(f"{path} has model_type {kind!r}, which can't be imported; import one of {known}")
 
 
@@ -95,7 +123,7 @@ _NOT_VISION = {
 }
 
 
-def model_config(model: ModelConfig, parts: Collection[Part], vocabulary: int) -> dict[str, Any]:
+def model_config(model: ModelConfig, parts: Collection[Part], vocabulary: int, flavour: Flavour) -> dict[str, Any]:
     """``config.json`` of our own export: the parts that it has, their own configs, how tiles are cut and folded.
 
     Args:
@@ -103,16 +131,17 @@ def model_config(model: ModelConfig, parts: Collection[Part], vocabulary: int) -
     """
     geometry = {name: value for name, value in vars(model.geometry).items() if name not in ("tile", "patch")}
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        "architectures": [ARCHITECTURES[flavour]],
+        "model_type": next(name for name, kind in MODEL_TYPES.items() if kind is flavour),
         "tie_word_embeddings": model.language.share_embeddings_and_output_weights,
         "parts": [part.value for part in Part if part in parts],
         "text_config": {**language_config(model.language), "vocab_size": vocabulary},
         "vision_config": vision_config(model),
         "geometry": geometry,
+        "projector": {"layer_norm": model.projector.layer_norm, "activation": model.projector.activation.value},
         "padded_vocab_size": model.language.vocab_size,
         "downsample_factor": model.geometry.merge,
-        "alignment_intermediate_size": model.language.hidden_size,
+        "alignment_intermediate_size": projector_width(model),
     }
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from nemo_bluelm.config.compose import load_recipe
-from nemo_bluelm.config.schema import Part, Recipe
+from nemo_bluelm.config.schema import Part, Recipe, geometry_of
 from nemo_bluelm.convert.chat_template import chat_template
-from nemo_bluelm.convert.hf_config import model_config
+from nemo_bluelm.convert.hf_config import Flavour, model_config
+from nemo_bluelm.convert.native import NATIVE_TOKENS, NATIVE_USE, native_images
 from nemo_bluelm.data.tokenizer import SPECIAL_NAMES, Tokenizer
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.run_dir import (
@@ -22,7 +23,8 @@ from nemo_bluelm.runtime.run_dir import (
     step_of,
 )
 
-CODE = ("configuration_bluelm_vl", "modeling_bluelm_vl", "processing_bluelm_vl", "image_processing_bluelm_vl")
+PROCESSORS = ("processing_bluelm_vl", "image_processing_bluelm_vl")
+CODE = {Flavour.exact: ("configuration_bluelm_vl", "modeling_bluelm_vl", *PROCESSORS), Flavour.native: PROCESSORS}
 MODEL_MAP = {
     "AutoConfig": "configuration_bluelm_vl.BlueLMVLConfig",
     "AutoModel": "modeling_bluelm_vl.BlueLMVLModel",
@@ -39,10 +41,12 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
 
 
-def export_config(recipe: Recipe, parts: Collection[Part], tokenizer: Tokenizer) -> dict[str, Any]:
+def export_config(
+    recipe: Recipe, parts: Collection[Part], tokenizer: Tokenizer, flavour: Flavour = Flavour.exact
+) -> dict[str, Any]:
     """``config.json`` but for the weights' dtype and whose code it is."""
     rows = rows_of(recipe, tokenizer) if Part.language in parts else recipe.model.language.vocab_size
-    config = model_config(recipe.model, parts, rows)
+    config = model_config(recipe.model, parts, rows, flavour)
     ids = token_ids(tokenizer)
     config["text_config"] |= {name: ids[name] for name in ("bos_token_id", "eos_token_id")}
     return {**config, "image_token_id": tokenizer.image, **ids}
@@ -57,17 +61,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_code(folder: Path) -> None:
-    """The Python files that ``auto_map`` names."""
-    for name in CODE:
+def write_code(folder: Path, flavour: Flavour) -> None:
+    """The Python files that ``auto_map`` names; of the native flavour the processor's alone."""
+    for name in CODE[flavour]:
         source = files("nemo_bluelm.convert.hf") / f"{name}.py"
         (folder / f"{name}.py").write_bytes(source.read_bytes())
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, recipe: Recipe) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, recipe: Recipe, flavour: Flavour) -> None:
     """tokenizer.json as it is, its config, the chat template and the generation's defaults."""
     (folder / TOKENIZER_FILE).write_bytes(tokenizer.content)
     extra = {f"{name}_token": token for name, token in SPECIAL_NAMES.items() if name not in ("pad", "bos", "eos")}
+    if flavour is Flavour.native:
+        extra |= NATIVE_TOKENS
     yarn = recipe.model.language.yarn
     write_json(
         folder / "tokenizer_config.json",
@@ -86,22 +92,23 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, recipe: Recipe) -> None:
     write_json(folder / "generation_config.json", {"do_sample": False, **token_ids(tokenizer)})
 
 
-def write_processors(folder: Path, recipe: Recipe) -> None:
+def image_config(recipe: Recipe, flavour: Flavour) -> dict[str, Any]:
+    """``preprocessor_config.json``. A native folder's serves two classes: ours with trust_remote_code, or theirs."""
+    kind = {"processor_class": "BlueLMVLProcessor", "image_processor_type": "BlueLMVLImageProcessor"}
+    if flavour is Flavour.native:
+        kind = native_images(geometry_of(recipe.model))
+    return {"auto_map": {**IMAGE_MAP, **PROCESSOR_MAP}, **kind, **vars(recipe.model.geometry)}
+
+
+def write_processors(folder: Path, recipe: Recipe, flavour: Flavour) -> None:
     """preprocessor_config.json and processor_config.json."""
-    names = {"processor_class": "BlueLMVLProcessor"}
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "auto_map": {**IMAGE_MAP, **PROCESSOR_MAP},
-            "image_processor_type": "BlueLMVLImageProcessor",
-            **names,
-            **vars(recipe.model.geometry),
-        },
-    )
-    write_json(folder / "processor_config.json", {"auto_map": PROCESSOR_MAP, **names})
+    images = image_config(recipe, flavour)
+    write_json(folder / "preprocessor_config.json", images)
+    processor = {"auto_map": PROCESSOR_MAP, "processor_class": images["processor_class"]}
+    write_json(folder / "processor_config.json", processor)
 
 
-def write_card(folder: Path, checkpoint: Path, recipe: Recipe, whole: bool) -> None:
+def write_card(folder: Path, checkpoint: Path, recipe: Recipe, whole: bool, flavour: Flavour) -> None:
     """README.md: where the weights are from, and how to use them."""
     step = _step(checkpoint)
     trained = f"recipe `{recipe.name}`" + (f", {step:,} optimizer steps" if step is not None else "")
@@ -113,7 +120,7 @@ def write_card(folder: Path, checkpoint: Path, recipe: Recipe, whole: bool) -> N
     if rows:
         lines += ["", "| source | tokens of the last recipe |", "|---|---|", *rows]
     if whole:
-        lines += ["", "## Use", "", _USE]
+        lines += ["", "## Use", "", NATIVE_USE if flavour is Flavour.native else _USE]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.config.schema import ModelConfig, Part, Recipe
 from nemo_bluelm.convert.exporting import export_state
-from nemo_bluelm.convert.hf_config import MODEL_TYPE
-from nemo_bluelm.convert.hf_files import export_config, rows_of, token_ids
+from nemo_bluelm.convert.hf_config import MODEL_TYPES, Flavour
+from nemo_bluelm.convert.hf_files import export_config, image_config, rows_of, token_ids
 from nemo_bluelm.convert.shards import DTYPES, Shards, read_json
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
@@ -55,10 +55,11 @@ def verify(folder: Path, checkpoint: Path) -> Iterator[Check]:
     prepare()
     recipe, tokenizer = load_recipe(str(checkpoint / RECIPE_FILE), []), Tokenizer.load(checkpoint / TOKENIZER_FILE)
     config = read_json(folder / "config.json")
-    if config.get("model_type") != MODEL_TYPE or set(config.get("parts", ())) != {part.value for part in Part}:
+    flavour = MODEL_TYPES.get(config.get("model_type"))
+    if flavour is None or set(config.get("parts", ())) != {part.value for part in Part}:
         raise UserError(f"{folder} is no whole model exported by 'nemo-bluelm export hf'; export one and verify that")
     shards, same = Shards(folder), True
-    checks = [*_configs(folder, config, recipe, tokenizer), _tensors(shards, checkpoint, tokenizer, recipe)]
+    checks = [*_configs(folder, config, recipe, tokenizer, flavour), _tensors(shards, checkpoint, tokenizer, recipe)]
     for check in checks:
         same = same and check.passed
         yield check
@@ -67,7 +68,7 @@ def verify(folder: Path, checkpoint: Path) -> Iterator[Check]:
 
         kinds = {DTYPES[header.dtype] for header in shards.headers.values()}
         rounding = torch.bfloat16 if torch.bfloat16 in kinds else None
-        yield from compare_models(folder, checkpoint, recipe, tokenizer, rounding)
+        yield from compare_models(folder, checkpoint, recipe, tokenizer, flavour, rounding)
 
 
 def verdict(folder: Path, checkpoint: Path, checks: list[Check]) -> dict[str, Any]:
@@ -89,18 +90,16 @@ def difference(one: Tensor, two: Tensor) -> float:
     return found if found == found else float("inf")
 
 
-def _configs(folder: Path, config: dict, recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Check]:
+def _configs(folder: Path, config: dict, recipe: Recipe, tokenizer: Tokenizer, flavour: Flavour) -> Iterator[Check]:
     model = recipe.model
-    ids, wanted = token_ids(tokenizer), export_config(recipe, set(Part), tokenizer)
+    ids, wanted = token_ids(tokenizer), export_config(recipe, set(Part), tokenizer, flavour)
     found = {key: value for key, value in config.items() if key not in _CODE}
     yield _same("config.json", found, json.loads(json.dumps(wanted)))
     text = config.get("text_config", {})
     yield _same("RoPE in both styles", *_rope(text, model))
     generation = read_json(folder / "generation_config.json")
     yield _same("generation_config.json", {key: generation.get(key) for key in ids}, ids)
-    tiles = read_json(folder / "preprocessor_config.json")
-    geometry = vars(model.geometry)
-    yield _same("tiles", {key: tiles.get(key) for key in geometry}, dict(geometry))
+    yield _same("tiles", read_json(folder / "preprocessor_config.json"), image_config(recipe, flavour))
     try:
         equal = (folder / TOKENIZER_FILE).read_bytes() == tokenizer.content
     except OSError as error:

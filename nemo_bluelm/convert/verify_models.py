@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from nemo_bluelm.config.schema import Dtype, PrecisionConfig, Recipe, geometry_of
+from nemo_bluelm.convert.hf_config import Flavour
 from nemo_bluelm.convert.verify import LIMIT, Check, difference, first_difference
 from nemo_bluelm.data.chat import encode_prompt
 from nemo_bluelm.data.decode import get_backend
@@ -35,7 +36,12 @@ class Case(NamedTuple):
 
 
 def compare_models(
-    folder: Path, checkpoint: Path, recipe: Recipe, tokenizer: Tokenizer, rounding: Optional[torch.dtype]
+    folder: Path,
+    checkpoint: Path,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    flavour: Flavour,
+    rounding: Optional[torch.dtype],
 ) -> Iterator[Check]:
     """
     Args:
@@ -46,7 +52,7 @@ def compare_models(
     """
     from nemo_bluelm.runtime.single import single_process_world
 
-    hf, processor, info = _theirs(folder)
+    hf, processor, info = _theirs(folder, flavour)
     lost = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     yield Check("load", "keys", len(lost), detail=", ".join(map(str, lost[:4])))
     with single_process_world(), torch.inference_mode():
@@ -60,12 +66,12 @@ def compare_models(
         yield _long(ours, hf, tokenizer, longest, device)
 
 
-def _theirs(folder: Path):
+def _theirs(folder: Path, flavour: Flavour):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
         hf, info = AutoModelForImageTextToText.from_pretrained(
-            folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+            folder, trust_remote_code=flavour is Flavour.exact, dtype=torch.float32, output_loading_info=True
         )
         return hf, AutoProcessor.from_pretrained(folder, trust_remote_code=True), info
     except Exception as error:  # the folder's own code is among what runs
@@ -119,7 +125,7 @@ def _compare(ours, hf, case: Case, tokenizer: Tokenizer, device) -> Iterator[Che
         yield Check("pixels", case.name, difference(tiles.float() / 127.5 - 1.0, pixels), 0.0)
         features = ours.vision(tiles)
         yield Check("ViT", case.name, difference(features, hf.model.vision_tower(pixels).last_hidden_state), LIMIT)
-        folded = hf.model.multi_modal_projector(features)
+        folded = hf.model.multi_modal_projector(features).flatten(1, -2)  # Cohere2Vision keeps rows apart
         yield Check("projector", case.name, difference(ours.projector(features), folded), LIMIT)
     tokens = torch.tensor([case.tokens], device=device)
     positions = torch.arange(len(case.tokens), device=device)[None]

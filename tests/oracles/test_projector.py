@@ -66,9 +66,7 @@ def test_27_patches_a_side_become_196_tokens():
 
 
 def shapes(vision: int, language: int, **others) -> ModelConfig:
-    return ModelConfig(
-        vision=VisionConfig(hidden_size=vision), language=LanguageConfig(hidden_size=language), **others
-    )
+    return ModelConfig(vision=VisionConfig(hidden_size=vision), language=LanguageConfig(hidden_size=language), **others)
 
 
 @pytest.mark.parametrize("tile", [56, 70], ids=["even grid", "odd grid"])
