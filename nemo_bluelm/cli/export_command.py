@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--flavour",
         choices=["exact", "native"],
         default="exact",
-        help="exact: with its own modelling code; native: as transformers' Cohere2Vision, where the model allows it",
+        help="of hf; exact: with its own modelling code; native: as transformers' Cohere2Vision, if it can be",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights; default: as trained")
     parser.add_argument("--shard-bytes", type=int, metavar="N", help="size of a file of weights (4 GiB)")

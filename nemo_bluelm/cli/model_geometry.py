@@ -12,7 +12,10 @@ DEFAULT = "bluelm_2_5_3b"
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="NAME", default=DEFAULT, help=f"whose tiles and tokens to count: {DEFAULT} (default) or tiny"
+        "--model",
+        metavar="NAME",
+        default=DEFAULT,
+        help=f"whose tiles and tokens to count: {DEFAULT} (default), tiny, ...",
     )
 
 

@@ -33,8 +33,12 @@ def export_vllm(
     """As :func:`export_hf`, with the thinking budget as a logits processor and the answers to compare vLLM with.
 
     Raises:
-        UserError: as :func:`export_hf`; the checkpoint lacks a part of the model.
+        UserError: as :func:`export_hf`; the native flavour; the checkpoint lacks a part of the model.
     """
+    if flavour is not Flavour.exact:
+        raise UserError(
+            "export vllm is of flavour exact; vLLM's own Cohere2Vision reads what 'export hf --flavour native' makes"
+        )
     _demand_whole(checkpoint)
     with new_folder(out) as folder:
         done = export_hf(checkpoint, folder, flavour, dtype, shard_bytes)
@@ -54,8 +58,11 @@ def export_trtllm(
     """As :func:`export_hf`, with a package that makes TensorRT-LLM know the model, and the answers to compare it with.
 
     Raises:
-        UserError: as :func:`export_hf`; the checkpoint lacks a part of the model; TensorRT-LLM can't express its RoPE.
+        UserError: as :func:`export_hf`; the native flavour; the checkpoint lacks a part of the model; TensorRT-LLM
+            can't express its RoPE.
     """
+    if flavour is not Flavour.exact:
+        raise UserError("export trtllm is of flavour exact, as TensorRT-LLM has no Cohere2Vision; leave --flavour out")
     _demand_whole(checkpoint)
     recipe = load_recipe(str(checkpoint / RECIPE_FILE), [])
     rope = language_config(recipe.model.language)["rope_scaling"] or {}

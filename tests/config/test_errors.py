@@ -20,7 +20,7 @@ FILES = {
     "sources as list": (("text: {shards: [text-*.tar]}", "- text"), ["data.sources is a list", "a mapping"]),
     "shards as text": (("[text-*.tar]", "text.tar"), ["data.sources.text.shards", "no list"]),
     "source's key": (("{shards:", "{shard:"), ["unknown key data.sources.text.shard", "data.sources.text.shards?"]),
-    "block's option": (("model: tiny", "model: tinny"), ["model: tinny", "did you mean tiny?", "bluelm_2_5_3b, tiny"]),
+    "block's option": (("model: tiny", "model: tinny"), ["model: tinny", "did you mean tiny?", "_native, tiny"]),
     "block": (("model: tiny", "modle: tiny"), ["modle: tiny: no such block", "did you mean model?"]),
     "base recipe": (("- _self_", "- base"), ["probe.yaml: base: no such block"]),
     "defaults' entry": (("- _self_", "- 3"), ["defaults must be a list of blocks", "- model: tiny"]),

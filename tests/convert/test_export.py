@@ -14,7 +14,7 @@ from PIL import Image
 
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.config.schema import ControlToken, Part, geometry_of
-from nemo_bluelm.convert.exporting import Flavour, export_hf, export_state
+from nemo_bluelm.convert.exporting import export_hf, export_state
 from nemo_bluelm.convert.importing import import_hf
 from nemo_bluelm.convert.shards import Shards
 from nemo_bluelm.convert.verify import verify
@@ -224,12 +224,6 @@ def test_card_tells_the_training(checkpoint, folder):
     for path in folder.iterdir():
         if path.suffix != ".safetensors":
             assert "/tmp" not in path.read_text() and "nemo_bluelm" not in path.read_text()
-
-
-def test_native_is_refused(checkpoint, tmp_path):
-    with pytest.raises(UserError, match="LayerNorm and GELU; take exact"):
-        export_hf(checkpoint, tmp_path / "hf", Flavour.native)
-    assert not any(tmp_path.iterdir())
 
 
 def test_parts_alone_make_no_model(folder, tmp_path):

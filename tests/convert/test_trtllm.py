@@ -172,6 +172,18 @@ def test_projector_is_ours(checkpoint, folder, parts):
         torch.testing.assert_close(projector(features), generator.model.projector(features), rtol=0, atol=1e-5)
 
 
+def test_gated_projector_is_ours(parts, tmp_path):
+    checkpoint = write_random(tmp_path / "ckpt", "model=tiny_native")
+    export_trtllm(checkpoint, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    channels, hidden = config["vision_config"]["hidden_size"], config["text_config"]["hidden_size"]
+    projector = parts.Projector(channels, hidden, config["downsample_factor"], **config["projector"])
+    projector.load_state_dict(parts.split_weights(load_file(tmp_path / "out" / "model.safetensors"))[1])
+    with open_generator(checkpoint) as generator, torch.inference_mode():
+        features = torch.randn(3, 4 * 4, channels, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(projector(features), generator.model.projector(features), rtol=0, atol=1e-5)
+
+
 def test_splits_weights(folder, parts):
     weights = load_file(folder / "model.safetensors")
     split = parts.split_weights(weights)

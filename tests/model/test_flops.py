@@ -9,7 +9,7 @@ from megatron_world import IMAGE, make_pack, random_tiles, random_tokens, small_
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_bluelm.config.schema import LoraConfig, LoraModule, ModelConfig, Part
+from nemo_bluelm.config.schema import Activation, LoraConfig, LoraModule, ModelConfig, Part, ProjectorConfig
 from nemo_bluelm.model.flops import Flops, pack_flops, peak_flops
 from nemo_bluelm.model.lora import add_lora
 
@@ -57,6 +57,16 @@ def test_mixed_pack_with_frozen_parts(frozen):
     documents = [image, random_tokens(40, 96, 1), random_tokens(16, 96, 2)]
     found = counted(config, documents, random_tiles(3, 42, 0), frozen)
     assert found == by_arithmetic(pack_flops(config, [36, 40, 16], 3, frozen))
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("frozen", [(), (Part.vision,), (Part.vision, Part.projector), (Part.projector,)], ids=len)
+@pytest.mark.parametrize("norm", [True, False])
+def test_gated_projector(norm, frozen):
+    config = small_config(projector=ProjectorConfig(norm, Activation.swiglu))
+    documents = [[IMAGE] * (4 * 3) + random_tokens(24, 96, 0)]
+    found = counted(config, documents, random_tiles(3, 56, 0), frozen)
+    assert found == by_arithmetic(pack_flops(config, [36], 3, frozen))
 
 
 @pytest.mark.usefixtures("world")

@@ -3,7 +3,14 @@
 import pytest
 
 from nemo_bluelm.config.compose import load_recipe
-from nemo_bluelm.config.schema import GeometryConfig, LanguageConfig, ModelConfig, VisionConfig
+from nemo_bluelm.config.schema import (
+    Activation,
+    GeometryConfig,
+    LanguageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
 from nemo_bluelm.runtime.params import count_parameters
 
 
@@ -19,7 +26,8 @@ def by_arithmetic(config):
     language = tables * t.vocab_size * d + t.num_layers * language_layer + d
 
     folded = config.geometry.merge**2 * h
-    projector = 2 * folded + (folded * d + d) + (d * d + d)
+    norm, wide = 2 * folded * config.projector.layer_norm, d * (1 + (config.projector.activation == "swiglu"))
+    projector = norm + (folded * wide + wide) + (d * d + d)
     return {
         "vision": vision,
         "projector": projector,
@@ -43,6 +51,7 @@ def test_the_preset_is_the_default_model(recipe_file):
     "config",
     [
         ModelConfig(language=LanguageConfig(share_embeddings_and_output_weights=False)),
+        ModelConfig(projector=ProjectorConfig(False, Activation.swiglu)),
         ModelConfig(
             vision=VisionConfig(num_layers=3, hidden_size=96, ffn_hidden_size=100, num_attention_heads=6),
             language=LanguageConfig(
@@ -57,7 +66,7 @@ def test_the_preset_is_the_default_model(recipe_file):
             geometry=GeometryConfig(tile=90, patch=10, merge=3),
         ),
     ],
-    ids=["untied", "odd sizes"],
+    ids=["untied", "gated", "odd sizes"],
 )
 def test_other_shapes(config):
     assert count_parameters(config) == by_arithmetic(config)

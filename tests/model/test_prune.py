@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_bluelm.config.schema import VisionConfig
+from nemo_bluelm.config.schema import Activation, ProjectorConfig, VisionConfig
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.model.init import initialize
 from nemo_bluelm.model.prune import Importance, check_shapes, choose, cut, measure
@@ -79,6 +79,19 @@ def test_importance_is_the_mean_over_real_tokens():
     heads = seen["heads"][real].view(47, 4, HEAD).double().square().sum(2).sqrt().mean(0)
     assert_near(found.heads[1], heads, 1e-6)
     assert found.hidden.shape == (64,) and (found.hidden > 0).all()
+
+
+@pytest.mark.usefixtures("world")
+def test_both_halves_of_a_gated_projector_are_cut():
+    projector = ProjectorConfig(False, Activation.swiglu)
+    wide_config, config = small_config(projector=projector), small_config(projector=projector, hidden_size=40)
+    wide = filled(wide_config)
+    narrow, kept = pruned(wide, wide_config, config)
+    for name in ("projector.linear_fc1.weight", "projector.linear_fc1.bias"):
+        old, new = wide.state_dict()[name], narrow.state_dict()[name]
+        assert torch.equal(new, torch.cat([old[:64][kept.hidden], old[64:][kept.hidden]]))
+    with pytest.raises(UserError, match="model.projector is .*the teacher has"):
+        check_shapes(small_config(), config)
 
 
 @pytest.mark.usefixtures("world")

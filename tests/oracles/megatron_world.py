@@ -15,6 +15,7 @@ from nemo_bluelm.config.schema import (  # noqa: E402
     ModelConfig,
     ParallelConfig,
     PrecisionConfig,
+    ProjectorConfig,
     VisionConfig,
     YarnConfig,
 )
@@ -37,7 +38,9 @@ def world():
         yield
 
 
-def small_config(tile: int = 56, yarn: YarnConfig | None = None, **language) -> ModelConfig:
+def small_config(
+    tile: int = 56, yarn: YarnConfig | None = None, projector: ProjectorConfig | None = None, **language
+) -> ModelConfig:
     """A model of two layers a part; ``language`` replaces fields of its LanguageConfig."""
     shape = dict(
         num_layers=2,
@@ -53,6 +56,7 @@ def small_config(tile: int = 56, yarn: YarnConfig | None = None, **language) -> 
     return ModelConfig(
         vision=VisionConfig(num_layers=2, hidden_size=48, ffn_hidden_size=80, num_attention_heads=4),
         language=LanguageConfig(**{**shape, **language}),
+        projector=projector or ProjectorConfig(),
         geometry=GeometryConfig(tile=tile, patch=14, merge=2),
     )
 

@@ -5,10 +5,21 @@ from planner_measured import DEVICE, MIXED_RESERVED, TEXT_STEPS, TOO_LARGE, VISI
 from planner_pieces import full_recipe, in_fp8, measured_recipe
 
 from nemo_bluelm.config.compose import load_recipe
-from nemo_bluelm.config.schema import ContextComm, Fp8Recipe, LoraConfig, LoraModule, ModelConfig, Part, Recompute
+from nemo_bluelm.config.schema import (
+    Activation,
+    ContextComm,
+    Fp8Recipe,
+    LoraConfig,
+    LoraModule,
+    ModelConfig,
+    Part,
+    ProjectorConfig,
+    Recompute,
+)
 from nemo_bluelm.planner.devices import DEVICES
 from nemo_bluelm.planner.layouts import Layout
 from nemo_bluelm.planner.memory import GIB, most_tiles, stage_memory, stage_trained, stage_weights, stages_memory
+from nemo_bluelm.runtime.params import count_parameters
 
 
 @pytest.mark.parametrize("row", TEXT_STEPS)
@@ -63,6 +74,14 @@ def test_weights_are_split(tied, recipe_file):
 def test_the_full_preset_has_its_published_size():
     """Part by part; that the built modules have as many is in tests/cli/test_plan.py."""
     assert stage_weights(full_recipe(), 0) == (412_987_248, 18_364_416, 2_458_421_760)
+
+
+def test_gated_projector():
+    gated = ModelConfig(projector=ProjectorConfig(False, Activation.swiglu))
+    assert stage_weights(full_recipe(model=gated), 0).projector == count_parameters(gated)["projector"]
+    # What a tile keeps for backward: no input of a norm, but two more outputs of the language model's width.
+    kept = [stage_memory(full_recipe(model=model), 1, 0, 8).vision for model in (ModelConfig(), gated)]
+    assert kept[1] - kept[0] == 8 * 196 * (2 * 2560 - 4 * 1152) * 2
 
 
 def test_optimizer_states_are_sharded_over_data_and_context_ranks():

@@ -18,6 +18,7 @@ from nemo_bluelm.train.continuity import (
 )
 
 TOKENIZER = b"the same"
+NORM = "model.projector.layer_norm"
 
 
 @pytest.fixture
@@ -102,14 +103,14 @@ def test_init_refuses_other_shapes(key, checkpoint):
     [
         ("language", ["model.language.hidden_size"]),
         ("vision", ["model.vision.hidden_size", "model.geometry.tile"]),
-        ("projector", ["model.language.hidden_size", "model.vision.hidden_size", "model.geometry.merge"]),
+        ("projector", ["model.language.hidden_size", "model.vision.hidden_size", "model.geometry.merge", NORM]),
     ],
 )
 def test_shapes_of_parts_that_the_checkpoint_lacks_do_not_matter(parts, refused, checkpoint):
     (checkpoint / "weights").mkdir()
     (checkpoint / "weights" / ".metadata").write_bytes(b"...module.%s.weight..." % parts.encode())
     values = {"model.language.hidden_size": 96, "model.vision.hidden_size": 96, "model.geometry.tile": 84}
-    for key, value in (values | {"model.geometry.merge": 1}).items():
+    for key, value in (values | {"model.geometry.merge": 1, NORM: False}).items():
         changed = recipe(checkpoint, f"{key}={value}")
         if key in refused:
             with pytest.raises(UserError, match=rf"^{key} is {value}, but init_from"):
