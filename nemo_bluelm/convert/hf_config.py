@@ -96,7 +96,7 @@ def _understand(config: dict[str, Any], path: Path, base: ModelConfig) -> Source
         model, tied = _language(_section(config, "text_config", path), path, model)
         try:
             model = replace(model, geometry=replace(model.geometry, **_section(config, "geometry", path)))
-            projector = dict(config.get("projector") or vars(ProjectorConfig()))  # older exports have the default
+            projector = dict(config.get("projector") or vars(ProjectorConfig()))  # the default isn't written
             projector["activation"] = Activation(projector["activation"])
             model = replace(model, projector=ProjectorConfig(**projector))
             parts = [Part(name) for name in config["parts"]]
@@ -130,6 +130,7 @@ def model_config(model: ModelConfig, parts: Collection[Part], vocabulary: int, f
         vocabulary: rows of the embedding that it has; an import grows them to the model's.
     """
     geometry = {name: value for name, value in vars(model.geometry).items() if name not in ("tile", "patch")}
+    projector = {**vars(model.projector), "activation": model.projector.activation.value}
     return {
         "architectures": [ARCHITECTURES[flavour]],
         "model_type": next(name for name, kind in MODEL_TYPES.items() if kind is flavour),
@@ -138,7 +139,7 @@ def model_config(model: ModelConfig, parts: Collection[Part], vocabulary: int, f
         "text_config": {**language_config(model.language), "vocab_size": vocabulary},
         "vision_config": vision_config(model),
         "geometry": geometry,
-        "projector": {"layer_norm": model.projector.layer_norm, "activation": model.projector.activation.value},
+        **({} if model.projector == ProjectorConfig() else {"projector": projector}),
         "padded_vocab_size": model.language.vocab_size,
         "downsample_factor": model.geometry.merge,
         "alignment_intermediate_size": projector_width(model),
