@@ -33,18 +33,22 @@ def export_vllm(
     """As :func:`export_hf`, with the thinking budget as a logits processor and the answers to compare vLLM with.
 
     Raises:
-        UserError: as :func:`export_hf`; the native flavour; the checkpoint lacks a part of the model.
+        UserError: as :func:`export_hf`; the checkpoint lacks a part of the model; of the native flavour, whose class
+            vLLM has itself, the head has weights of its own.
     """
-    if flavour is not Flavour.exact:
-        raise UserError(
-            "export vllm is of flavour exact; vLLM's own Cohere2Vision reads what 'export hf --flavour native' makes"
-        )
     _demand_whole(checkpoint)
+    language = load_recipe(str(checkpoint / RECIPE_FILE), []).model.language
+    if flavour is Flavour.native and not language.share_embeddings_and_output_weights:
+        raise UserError(
+            "vLLM's own Cohere2Vision needs model.language.share_embeddings_and_output_weights true; take flavour exact"
+        )
     with new_folder(out) as folder:
         done = export_hf(checkpoint, folder, flavour, dtype, shard_bytes)
         for name in _VLLM_FILES:
             (folder / name).write_bytes((files("nemo_bluelm.convert.vllm") / name).read_bytes())
-        write_json(folder / GOLDEN_FILE, golden(checkpoint, done.vocabulary[1]))
+        # Cohere2Vision's processor stretches images where ours pads them, if they aren't whole tiles.
+        answers = golden(checkpoint, done.vocabulary[1], whole_tiles=flavour is Flavour.native)
+        write_json(folder / GOLDEN_FILE, answers)
     return done
 
 

@@ -22,7 +22,7 @@ NEW_TOKENS = 16
 _TEXT = "What is 12 of this, in a word?"
 
 
-def golden(checkpoint: Path, rows: int) -> dict[str, Any]:
+def golden(checkpoint: Path, rows: int, whole_tiles: bool = False) -> dict[str, Any]:
     """Content of ``golden.json``: greedy tokens of text, of a thought, of one tile and of many.
 
     Nothing is ruled out, and a reply goes on behind ``</s>``, so that there is enough to compare.
@@ -32,18 +32,24 @@ def golden(checkpoint: Path, rows: int) -> dict[str, Any]:
 
     Args:
         rows: of the vocabulary, that the export has.
+        whole_tiles: images are whole tiles in size, in a square grid; else a margin is left to pad.
 
     Raises:
         UserError: as :func:`nemo_bluelm.generate.generator.open_generator`.
     """
     with open_generator(checkpoint) as generator:
         tokenizer, side = generator.tokenizer, generator.geometry.tile
-        grid = (generator.geometry.max_cols * side - 9, generator.geometry.max_rows * side - 5)
+        one, grid = (
+            (side - 3, side - 9),
+            (generator.geometry.max_cols * side - 9, generator.geometry.max_rows * side - 5),
+        )
+        if whole_tiles:
+            one, grid = (side, side), (min(generator.geometry.max_cols, generator.geometry.max_rows) * side,) * 2
         cases = []
         for name, size, think in (
             ("text", None, False),
             ("thought", None, True),
-            ("one tile", (side - 3, side - 9), False),
+            ("one tile", one, False),
             ("tiles", grid, False),
         ):
             images = [] if size is None else [_png(*size)]

@@ -1,5 +1,7 @@
 """The native flavour: transformers' own Cohere2Vision is the checkpoint; models that it can't express are refused."""
 
+import base64
+import io
 import json
 import re
 
@@ -163,13 +165,23 @@ def test_refused_with_every_key(tmp_path, overrides, keys):
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
+def test_for_vllm(checkpoint, tmp_path):
+    """Images of its golden answers are whole tiles, which Cohere2Vision's processor leaves as they are."""
+    export_vllm(checkpoint, tmp_path / "out", Flavour.native)
+    cases = json.loads((tmp_path / "out" / "golden.json").read_text())["cases"]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(image))).size for case in cases for image in case["images"]]
+    assert sizes == [(56, 56), (168, 168)] and [case["tiles"] for case in cases] == [0, 0, 1, 10]
+    untied = write_random(tmp_path / "ckpt", *NATIVE, "model.language.share_embeddings_and_output_weights=false")
+    with pytest.raises(UserError, match="share_embeddings_and_output_weights true; take flavour exact"):
+        export_vllm(untied, tmp_path / "untied", Flavour.native)
+    assert not (tmp_path / "untied").exists()
+
+
 def test_parts_and_engines_are_refused(checkpoint, tmp_path):
     model = load_recipe(str(checkpoint / RECIPE_FILE), []).model
     demand_native(model, set(Part))
     with pytest.raises(UserError, match="projector and language are missing; take exact"):
         demand_native(model, {Part.vision})
-    with pytest.raises(UserError, match="export hf --flavour native"):
-        export_vllm(checkpoint, tmp_path / "out", Flavour.native)
     with pytest.raises(UserError, match="no Cohere2Vision; leave --flavour out"):
         export_trtllm(checkpoint, tmp_path / "out", Flavour.native)
     assert not any(tmp_path.iterdir())

@@ -16,6 +16,7 @@ import torch
 from nemo_bluelm.config.schema import Part
 from nemo_bluelm.convert import engines
 from nemo_bluelm.convert.engines import export_vllm
+from nemo_bluelm.convert.exporting import Flavour
 from nemo_bluelm.convert.golden import ask
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
@@ -145,8 +146,12 @@ def test_lacks_a_part(tmp_path, checkpoint, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.skipif(ENGINE not in os.environ, reason=f"{ENGINE} names no python that has vLLM")
-def test_vllm(checkpoint, folder):
+@pytest.mark.parametrize("flavour", Flavour)
+def test_vllm(checkpoint, folder, flavour, tmp_path):
     """vLLM's 16 greedy tokens are ours for text, thought, one tile and many; its thoughts end where ours do."""
+    if flavour is Flavour.native:
+        checkpoint, folder = write_random(tmp_path / "ckpt", "model=tiny_native"), tmp_path / "vllm"
+        export_vllm(checkpoint, folder, flavour)
     env = {
         **os.environ,
         "PYTHONPATH": str(folder),

@@ -15,7 +15,7 @@ def main(folder: Path, budget: int, closing_text: str) -> dict:
     golden = json.loads((folder / "golden.json").read_text())
     llm = LLM(
         str(folder),
-        trust_remote_code=True,
+        trust_remote_code="auto_map" in json.loads((folder / "config.json").read_text()),
         dtype="float32",
         enforce_eager=True,
         max_model_len=2048,
