@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--flavour",
         choices=["exact", "native"],
         default="exact",
-        help="of hf; exact: with its own modelling code; native: as transformers' Cohere2Vision, if it can be",
+        help="of hf and vllm; exact: with its own modelling code; native: as transformers' Cohere2Vision, if it can be",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights; default: as trained")
     parser.add_argument("--shard-bytes", type=int, metavar="N", help="size of a file of weights (4 GiB)")
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     from nemo_bluelm.convert.shards import SHARD_BYTES
     from nemo_bluelm.runtime.run_dir import resolve_checkpoint
 
+    if args.flavour != "exact" and (args.legacy or args.kind == "onnx"):
+        raise UserError("--flavour is of 'export hf' and 'export vllm': this export is of no code; leave it out")
     if args.legacy:
         return _legacy(args)
     if args.kind == "onnx":

@@ -115,6 +115,8 @@ def test_other_mistakes(cli, tiny_checkpoint, tmp_path):  # noqa: F811
     assert "does not exist" in one_line(code, err)
     code, _, err = cli("export", "hf", str(tiny_checkpoint), str(tmp_path / "hf"), "--flavour", "native")
     assert "take exact" in one_line(code, err)
+    code, _, err = cli("export", "onnx", str(tiny_checkpoint), str(tmp_path / "v.onnx"), "--flavour", "native")
+    assert "leave it out" in one_line(code, err)
     code, _, err = cli("export", "hf", str(tiny_checkpoint), str(tmp_path / "hf"), "--shard-bytes", "0")
     assert "give 1 or more" in one_line(code, err)
     code, _, err = cli("verify", str(tmp_path / "none"), "--against", str(tiny_checkpoint))
