@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
             write_atomically(args.json, (json.dumps(result, indent=2) + "\n").encode())
         except OSError as error:
             raise UserError(f"{args.json} can't be written: {error.strerror}; choose another file") from error
+    for note in result["notes"]:
+        print(f"note: {note}")
     failed = sum(not check.passed for check in checks)
     print(f"{failed} of {len(checks)} checks differ" if failed else f"all {len(checks)} checks agree")
     return EXIT_DIFFERENT if failed else 0

@@ -16,6 +16,12 @@ NATIVE_TOKENS = {
 }
 
 
+NATIVE_NOTE = (
+    "tiles and prompts were made by the folder's processor; without trust_remote_code Cohere2Vision's own stretches "
+    "images over their tiles and may choose other grids"
+)
+
+
 def demand_native(model: ModelConfig, parts: Collection[Part]) -> None:
     """
     Raises:

@@ -14,6 +14,7 @@ from nemo_bluelm.config.schema import ModelConfig, Part, Recipe
 from nemo_bluelm.convert.exporting import export_state
 from nemo_bluelm.convert.hf_config import MODEL_TYPES, Flavour
 from nemo_bluelm.convert.hf_files import export_config, image_config, rows_of, token_ids
+from nemo_bluelm.convert.native import NATIVE_NOTE
 from nemo_bluelm.convert.shards import DTYPES, Shards, read_json
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
@@ -77,8 +78,15 @@ def verdict(folder: Path, checkpoint: Path, checks: list[Check]) -> dict[str, An
         "folder": folder.name,
         "checkpoint": checkpoint.name,
         "passed": all(check.passed for check in checks),
+        "notes": notes(folder),
         "checks": [{**asdict(check), "passed": check.passed} for check in checks],
     }
+
+
+def notes(folder: Path) -> list[str]:
+    """What the checks of a folder say nothing about."""
+    native = MODEL_TYPES.get(read_json(folder / "config.json").get("model_type")) is Flavour.native
+    return [NATIVE_NOTE] if native else []
 
 
 def difference(one: Tensor, two: Tensor) -> float:

@@ -34,7 +34,7 @@ def test_verify(cli, tiny_checkpoint, tmp_path):  # noqa: F811
     code, out, _ = cli(*command)
     assert code == 0 and "all 23 checks agree" in out
     result = json.loads(verdict.read_text())
-    assert result["passed"] and len(result["checks"]) == 23
+    assert result["passed"] and len(result["checks"]) == 23 and result["notes"] == []
 
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["rope_theta"] = 10000.0

@@ -15,7 +15,7 @@ from nemo_bluelm.convert.engines import export_trtllm, export_vllm
 from nemo_bluelm.convert.exporting import Flavour, export_hf, export_state
 from nemo_bluelm.convert.importing import import_hf
 from nemo_bluelm.convert.native import demand_native
-from nemo_bluelm.convert.verify import verify
+from nemo_bluelm.convert.verify import verdict, verify
 from nemo_bluelm.data.chat import encode_prompt
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
@@ -47,6 +47,7 @@ def test_computes_the_same(folder, checkpoint):
     assert not [check for check in checks if not check.passed]
     cases = {check.case for check in checks if check.stage == "logits"}
     assert cases == {"text", "one image", "tiles", "positions to 4096"}
+    assert "stretches images" in verdict(folder, checkpoint, checks)["notes"][0]
     assert {"load", "tensors", "pixels", "ViT", "projector", "greedy"} < {check.stage for check in checks}
 
 
