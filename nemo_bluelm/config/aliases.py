@@ -1,5 +1,9 @@
 """What other reinforcement-learning tools call our keys: NeMo-Aligner, NeMo-RL, verl, TRL."""
 
+from collections.abc import Sequence
+
+from nemo_bluelm.errors import UserError
+
 ALIASES = {
     "grpo.num_prompts_per_grpo_step": "grpo.num_prompts_per_step",  # NeMo-Aligner
     "grpo.samples_per_prompt": "grpo.num_generations_per_prompt",  # NeMo-Aligner
@@ -23,11 +27,28 @@ ALIASES = {
     "loss_fn.ratio_clip_max": "grpo.loss.ratio_clip_max",  # NeMo-RL
     "loss_fn.ratio_clip_c": "grpo.loss.ratio_clip_c",  # NeMo-RL
     "policy.train_global_batch_size": "train.global_batch_size",  # NeMo-RL
+    "policy.max_total_sequence_length": "data.sequence_length",  # NeMo-RL
+    "policy.generation.temperature": "grpo.generation.temperature",  # NeMo-RL
+    "policy.generation.top_p": "grpo.generation.top_p",  # NeMo-RL
+    "policy.generation.top_k": "grpo.generation.top_k",  # NeMo-RL
+    "policy.generation.max_new_tokens": "grpo.generation.max_new_tokens",  # NeMo-RL
+    "grpo.max_val_samples": "grpo.validation.max_samples",  # NeMo-RL
 }
 
 
-def renamed(override: str) -> str:
-    """An override with our name of its key."""
-    sign = override[: len(override) - len(override.lstrip("+~"))]
-    key, equals, value = override[len(sign) :].partition("=")
-    return f"{sign}{ALIASES.get(key, key)}{equals}{value}"
+def renamed(overrides: Sequence[str]) -> list[str]:
+    """Overrides with our names of their keys.
+
+    Raises:
+        UserError: two that name one key by two names.
+    """
+    given: dict[str, str] = {}
+    found = []
+    for override in overrides:
+        sign = override[: len(override) - len(override.lstrip("+~"))]
+        key, equals, value = override[len(sign) :].partition("=")
+        ours = ALIASES.get(key, key)
+        if given.setdefault(ours, key) != key:
+            raise UserError(f"{given[ours]} and {key} are names of one key; give one of them")
+        found.append(f"{sign}{ours}{equals}{value}")
+    return found

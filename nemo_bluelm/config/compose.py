@@ -39,7 +39,7 @@ def compose(path: str, overrides: list[str]) -> DictConfig:
     """
     file = resources.find_recipe(path)
     content = _read(file, path)
-    overrides = [renamed(override) for override in overrides]
+    overrides = renamed(overrides)
     _check_overrides(overrides)
     store = ConfigStore.instance()
     store.store(name=_SCHEMA, node=Recipe)

@@ -1,5 +1,6 @@
 """Keys of reinforcement learning by GRPO: NeMo-Aligner's and NeMo-RL's words, their defaults and units."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Dict, Iterator, List, Optional
@@ -81,7 +82,7 @@ class AdvantageConfig:
     std_eps: float = 1.0e-6
     clip_low: Optional[float] = None
     clip_high: Optional[float] = None
-    reward_weights: Dict[str, float] = field(default_factory=dict)  # of gdpo's components by name; 1 where not named
+    reward_weights: Dict[str, float] = field(default_factory=dict)  # of gdpo's components; else the environment's
 
 
 @dataclass
@@ -254,8 +255,19 @@ def grpo_problems(recipe) -> Iterator[str]:
     if loss.policy_loss == PolicyLoss.gspo and loss.aggregation == Aggregation.token_mean:
         yield "grpo.loss.aggregation is token_mean, but gspo's ratio is of sequences; set seq_mean_token_mean"
     for name in ("reference_policy_kl_penalty", "entropy_coeff"):
-        if getattr(loss, name) < 0:
+        if not 0 <= getattr(loss, name) < math.inf:
             yield f"grpo.loss.{name} is {getattr(loss, name)}; it must be 0 or more"
+    correction = loss.rollout_correction
+    if not 0 <= correction.min < correction.max:
+        yield (
+            f"grpo.loss.rollout_correction keeps weights from {correction.min} to {correction.max}; set 0 <= min < max"
+        )
+    if not 0 <= advantage.std_eps < math.inf:
+        yield f"grpo.advantage.std_eps is {advantage.std_eps}; it must be 0 or more"
+    for name, sign in (("clip_low", -1), ("clip_high", 1)):
+        bound = getattr(advantage, name)
+        if bound is not None and not bound * sign > 0:
+            yield f"grpo.advantage.{name} is {bound}; it must be {'below' if sign < 0 else 'above'} 0, or null"
     if loss.reference_policy_kl_penalty and recipe.init_from is None:
         yield "grpo.loss.reference_policy_kl_penalty is set, but init_from, the reference, is null; name a checkpoint"
     if loss.kl_in_reward and not loss.reference_policy_kl_penalty:
@@ -267,6 +279,8 @@ def grpo_problems(recipe) -> Iterator[str]:
         yield "grpo.advantage.reward_weights is of estimator gdpo; choose it, or weigh rewards in environments"
     if grpo.overlong.buffer_length is not None and not 0 <= grpo.overlong.buffer_length <= generation.max_new_tokens:
         yield f"grpo.overlong.buffer_length is {grpo.overlong.buffer_length}; it must be from 0 to max_new_tokens"
+    if not 0 <= grpo.overlong.buffer_penalty < math.inf:
+        yield f"grpo.overlong.buffer_penalty is {grpo.overlong.buffer_penalty}; it must be 0 or more"
     if grpo.dynamic_sampling.max_gen_batches < 1:
         yield "grpo.dynamic_sampling.max_gen_batches must be 1 or more"
     if not 0 < grpo.curriculum.start <= 1:
@@ -279,24 +293,36 @@ def grpo_problems(recipe) -> Iterator[str]:
         yield "grpo.validation.num_generations is more than 1, but greedy replies are all one; set greedy=false"
     if not recipe.environments:
         yield "environments is empty; name one at least, such as 'math: {rewards: {math: {}}}'"
+    rewards: set[str] = set()
     for name, environment in recipe.environments.items():
         try:
-            reward_entries(environment, f"environments.{name}")
+            rewards |= set(reward_entries(environment, f"environments.{name}"))
         except UserError as error:
             yield str(error)
-    if (
-        len(recipe.environments) > 1
-        and advantage.normalize == Normalize.none
-        and advantage.estimator
-        in (
-            Estimator.dr_grpo,
-            Estimator.rloo,
-            Estimator.grpo,
+    for name, weight in advantage.reward_weights.items():
+        if name not in rewards:
+            yield f"grpo.advantage.reward_weights.{name}: no environment has it; there are {', '.join(sorted(rewards))}"
+        elif not 0 <= weight < math.inf:
+            yield f"grpo.advantage.reward_weights.{name} is {weight}; it must be 0 or more"
+    ranges = {tuple(environment.reward_range) for environment in recipe.environments.values()}
+    if len(ranges) > 1 and not _scales_tasks(advantage):
+        yield (
+            f"environments have several reward_ranges, and {advantage.estimator.value} with grpo.advantage.normalize "
+            f"{advantage.normalize.value if advantage.normalize else 'null'} compares their rewards as they are: the "
+            "largest range would drown the others; give them one range, or take grpo with normalize group or task"
         )
-    ):
-        ranges = {tuple(environment.reward_range) for environment in recipe.environments.values()}
-        if len(ranges) > 1:
-            yield (
-                "environments have several reward_ranges and grpo.advantage.normalize is none: the largest range "
-                "would drown the others; set normalize to group, task or batch, or give them one range"
-            )
+    metrics = ["val/accuracy", "val/pass_at_1", f"val/pass_at_{grpo.validation.num_generations}", "val/reward/mean"]
+    metrics += [f"val/{name}/accuracy" for name in recipe.environments if len(recipe.environments) > 1]
+    if grpo.validation.metric not in metrics:
+        there = ", ".join(dict.fromkeys(metrics))
+        yield f"grpo.validation.metric is {grpo.validation.metric}; it must be one of {there}"
+
+
+def _scales_tasks(advantage: AdvantageConfig) -> bool:
+    """Whether rewards of tasks with other ranges push alike."""
+    if advantage.estimator == Estimator.gdpo:
+        return True  # components are from 0 to 1
+    own = (Normalize.group, Normalize.task)
+    if advantage.estimator == Estimator.grpo:
+        return advantage.normalize in (None, *own)
+    return advantage.estimator in (Estimator.dr_grpo, Estimator.rloo) and advantage.normalize in own

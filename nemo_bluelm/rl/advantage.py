@@ -59,7 +59,7 @@ def group_advantages(
             for rloo.
         scorable: bool [N]; False is unscorable.
         components: [N, K] of gdpo; where one is not finite, that component of the sample is left out.
-        weights: K of gdpo, by default all 1.
+        weights: [K] or [N, K] of gdpo, by default all 1; where it is 0 a component is left out.
         tasks: N, of ``normalize`` = ``task``.
         lengths: [N], the samples' tokens. Given, gdpo and reinforce_pp weigh samples by them when they normalise over
             the batch, as verl does; else samples count the same, as in TRL.
@@ -76,12 +76,12 @@ def group_advantages(
     good = _scorable(r, scorable)
     if estimator == "gdpo":
         parts = components.double()
-        known = parts.isfinite() & good[:, None]
+        shares = torch.ones_like(parts) if weights is None else torch.as_tensor(weights).to(parts).expand_as(parts)
+        known = parts.isfinite() & good[:, None] & (shares > 0)
         good = known.any(1)
-        shares = torch.ones(parts.size(1)) if weights is None else torch.as_tensor(weights)
         total = torch.zeros_like(r)
         mixed = torch.zeros_like(good)
-        for part, there, share in zip(parts.unbind(1), known.unbind(1), shares.tolist(), strict=True):
+        for part, there, share in zip(parts.unbind(1), known.unbind(1), shares.unbind(1), strict=True):
             total += share * _over(_centred(part, groups, there), _std(part, groups, there), std_eps)
             mixed |= mixed_groups(part, groups, there)
         result = _whitened(total, good, lengths, std_eps) * mixed

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -104,6 +106,7 @@ class GRPOTrainer(Callback):
         self._recipe, self._pad = recipe, pad
         self._folder = run_dir / _FOLDER
         self._updates = updates_per_step(recipe.grpo, recipe.train.global_batch_size)
+        self._complaints: set[str] = set()  # tasks that the last step had complaints of
 
     def on_train_start(self, trainer: Trainer, actor: Actor) -> None:
         self._data: RolloutDataModule = trainer.datamodule
@@ -130,6 +133,10 @@ class GRPOTrainer(Callback):
             self._write(kept, updates, rollout.figures)
         if trainer.is_global_zero:
             self._show(step, rollout)
+            for task, complaint in rollout.complaints.items():
+                if task not in self._complaints:
+                    print(f"{self._recipe.name}  step {step}  {complaint}", file=sys.stderr, flush=True)
+        self._complaints = set(rollout.complaints)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._data.updates.popleft()
@@ -141,20 +148,25 @@ class GRPOTrainer(Callback):
         share = train.global_batch_size // parallel_state.get_data_parallel_world_size()
         samples = self.rollouts.samples(rollout.rewarded)
         updates: list[list[tuple[list[int], RolloutBatch]]] = []  # packs, and whose replies they have
+        seconds = {"timing/logprob": 0.0, "timing/ref_logprob": 0.0}
         actor.module.eval()
         for start in range(0, len(samples), share):
             places = arrange(samples[start : start + share], length, data.max_tiles, data.max_documents, multiple)
             places = [[start + place for place in some] for some in places]
             packs = [lay([samples[place] for place in some], length, multiple, self._pad) for some in places]
+            begun = time.perf_counter()
             if self._updates > 1 or keys.loss.kl_in_reward:
                 packs = [replace(one, old_logp=actor.get_inference_log_probs(one)) for one in packs]
+            known = time.perf_counter()
             if keys.loss.reference_policy_kl_penalty:
                 packs = [replace(one, ref_logp=actor.get_init_policy_logprobs(one)) for one in packs]
+            seconds["timing/logprob"] += known - begun
+            seconds["timing/ref_logprob"] += time.perf_counter() - known
             updates.append(list(zip(places, packs)))
         actor.module.train()
         bonuses = self._less_divergence(updates, len(samples)) if keys.loss.kl_in_reward else None
         advantages, figures = self.rollouts.advantages(rollout.rewarded, bonuses)
-        rollout.figures.update(figures)
+        rollout.figures.update(figures | seconds)
         packed = [
             [one.with_advantages([advantages[place] for place in places]) for places, one in update]
             for update in updates

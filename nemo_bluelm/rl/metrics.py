@@ -114,14 +114,17 @@ def add_mismatch(
 
     ``token_mult_prob_error`` is the mean of exp|difference| (healthy below 1.02), ``gen_kl_error`` k3 of rollout
     against training (below 1e-3), ``sampling_importance_ratio`` the mean importance weight before any correction
-    (about 1), ``is_oob_ratio`` the share of tokens out of the correction's bounds.
+    (about 1), ``is_oob_ratio`` the share of tokens out of the correction's bounds. Tokens that the engine gave no
+    log-probability of are left out; ``nan_rate`` is their share.
     """
+    tally.mean("mismatch/nan_rate", rollout_logp.isnan(), mask)
+    known = mask.bool() & ~rollout_logp.isnan()
     difference = log_mismatch(old_logp, rollout_logp, mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    tally.mean("mismatch/token_mult_prob_error", difference.abs().exp(), mask)
-    tally.mean("mismatch/gen_kl_error", kl_penalty(-difference, 0 * difference, "k3"), mask)
-    tally.mean("mismatch/sampling_importance_ratio", difference.exp(), mask)
+    tally.mean("mismatch/token_mult_prob_error", difference.abs().exp(), known)
+    tally.mean("mismatch/gen_kl_error", kl_penalty(-difference, 0 * difference, "k3"), known)
+    tally.mean("mismatch/sampling_importance_ratio", difference.exp(), known)
     if correction is not None:
-        tally.mean("mismatch/is_oob_ratio", correction.out_of_bounds, mask)
+        tally.mean("mismatch/is_oob_ratio", correction.out_of_bounds, known)
 
 
 def add_advantages(tally: Tally, advantages: Tensor, scorable: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -50,6 +50,7 @@ class Rollout:
     rewarded: list[Rewarded]
     figures: dict[str, float]
     shown: list[dict]  # a few replies for people to read
+    complaints: dict[str, str]  # by task, of which most replies have no reward
 
 
 class RolloutGenerator:
@@ -107,7 +108,7 @@ class RolloutGenerator:
         kept = [replace(one, reward=changed[one.group, one.number]) for one in kept]
         figures |= self._figures(everything) | seconds
         figures["dynamic_sampling/num_gen_batches"] = batches
-        return Rollout(kept, figures, [_shown(one) for one in kept[:4]])
+        return Rollout(kept, figures, [_shown(one) for one in _telling(kept)], complaints(everything))
 
     def _draw(self, count: int) -> list[tuple[Task, TokenPrompt]]:
         """Prompts that fit, all ranks' in the order of their draw."""
@@ -186,6 +187,8 @@ class RolloutGenerator:
             rewards += soft_overlong_punishment(lengths, most, overlong.buffer_length, overlong.buffer_penalty)
         names = sorted({name for row in rows for name in row.components})
         components = torch.tensor([[_number(row.components.get(name)) for name in names] for row in rows])
+        weigh = self._environments.weight
+        weights = [[keys.reward_weights.get(name, weigh(row.task, name)) for name in names] for row in rows]
         advantages = group_advantages(
             rewards,
             [row.group for row in rows],
@@ -194,7 +197,7 @@ class RolloutGenerator:
             normalize=None if keys.normalize is None else keys.normalize.value,
             leave_one_out=keys.leave_one_out,
             components=components if keys.estimator.value == "gdpo" else None,
-            weights=[keys.reward_weights.get(name, 1.0) for name in names],
+            weights=torch.tensor(weights),
             tasks=[row.task for row in rows],
             clip_low=keys.clip_low,
             clip_high=keys.clip_high,
@@ -219,6 +222,8 @@ class RolloutGenerator:
         if correct:
             figures["frac_groups_all_correct"] = fmean(all(group) for group in correct.values())
             figures["frac_groups_all_wrong"] = fmean(not any(group) for group in correct.values())
+            figures["pass_at_1"] = fmean(fmean(group) for group in correct.values())
+            figures[f"pass_at_{self._grpo.num_generations_per_prompt}"] = fmean(map(any, correct.values()))
         lengths = [row.length for row in rows]
         figures["rollout/response_length_mean"] = fmean(lengths)
         figures["rollout/response_length_max"], figures["rollout/response_length_min"] = max(lengths), min(lengths)
@@ -229,6 +234,7 @@ class RolloutGenerator:
                 figures[f"rollout/{name}/answer_length"] = fmean(row.answer_length for row in some)
                 figures[f"rollout/{name}/think_length"] = fmean(row.think_length for row in some)
                 figures[f"rollout/{name}/budget_forced_rate"] = fmean(row.forced for row in some)
+                figures[f"rollout/{name}/think_format_ok"] = fmean(row.well_formed for row in some)
         figures["rollout/prompts_skipped"] = self._skipped
         return figures
 
@@ -247,6 +253,7 @@ class Told:
     answer_length: int
     truncated: bool
     forced: bool
+    well_formed: bool  # a thought and an answer behind it, or no thought, as it was asked for
     bonus: float
 
     @property
@@ -287,6 +294,7 @@ def _told(rewarded: Sequence[Rewarded], bonuses: Sequence[float] | None = None) 
             one.reply.answer_tokens,
             one.reply.stop_reason == "length",
             any(one.reply.injected[1:]),
+            one.reply.finished and one.prompt.think in (None, one.reply.thought is not None),
             bonus,
         )
         for one, bonus in zip(rewarded, bonuses or [0.0] * len(rewarded), strict=True)
@@ -316,6 +324,24 @@ def shared_out(mine: Sequence[Rewarded], groups: Sequence[int]) -> list[Rewarded
     here = [*(one for one in mine if owner.get(one.group) == rank), *arrived]
     place = {group: number for number, group in enumerate(groups)}
     return sorted(here, key=lambda one: (place[one.group], one.number))
+
+
+def complaints(rows: Sequence[Told]) -> dict[str, str]:
+    """Tasks of whose replies most have no reward, and why; a reply without one teaches nothing."""
+    found = {}
+    for task in sorted({row.task for row in rows}):
+        rewards = [row.reward for row in rows if row.task == task]
+        reasons = Counter(one.reason for one in rewards if one.value is None and not one.masked)
+        if reasons.total() * 2 > len(rewards):
+            reason = reasons.most_common(1)[0][0]
+            found[task] = f"{task}: {reasons.total()} of {len(rewards)} replies have no reward, most for this: {reason}"
+    return found
+
+
+def _telling(kept: Sequence[Rewarded]) -> list[Rewarded]:
+    """A few replies that differ: to three prompts, and one without a reward if there is one."""
+    firsts = list({one.group: one for one in reversed(kept)}.values())[::-1][:3]
+    return firsts + [one for one in kept if one.reward.value is None and one not in firsts][:1]
 
 
 def _shown(one: Rewarded) -> dict:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Optional
 
 from lightning.pytorch import Callback, Trainer
 from megatron.core import parallel_state
@@ -24,11 +24,15 @@ from nemo_bluelm.rl.rollout import first_of_tensor_group, gathered, sampling_of
 from nemo_bluelm.runtime.checkpoints import Checkpoints
 
 FILE = "validation.jsonl"
+_MOST_UNSCORABLE = 0.1  # of the replies; what the others say may be chance
 
 
 class Validation(Callback):
     """Every ``grpo.validation.period`` GRPO steps and after the last one, replies to held-out prompts in every mode
     that is trained.
+
+    Replies that nobody can judge count neither as right nor as wrong; ``val/unscorable_rate`` is their share. A line in
+    which it is above 0.1 doesn't make its checkpoint the best.
 
     ``validation.jsonl`` gets a line each time: ``val/accuracy`` and ``val/pass_at_1``, the share of right replies;
     ``val/pass_at_k``, of prompts with a right one among k; ``val/reward/mean``; and per task ``val/TASK/accuracy``. The
@@ -65,7 +69,8 @@ class Validation(Callback):
             write_atomically(self._path, lines.encode())
             told = "  ".join(f"{name.removeprefix('val/')} {figures[name]:.3f}" for name in sorted(figures))
             print(f"{self._recipe.name}  step {trainer.global_step}  held out: {told}", file=sys.stderr, flush=True)
-        if trainer.global_step and self._best() is self._rows[-1]:
+        best = self._best()
+        if trainer.global_step and best is self._rows[-1]:
             self._checkpoints.save(trainer)
         self._protect()
 
@@ -104,26 +109,29 @@ class Validation(Callback):
         ]
         return _summary(gathered(first_of_tensor_group(mine if speaks else None)))
 
-    def _best(self) -> dict[str, Any]:
-        return max(self._rows, key=lambda row: row[self._recipe.grpo.validation.metric])
+    def _best(self) -> Optional[dict[str, Any]]:
+        metric = self._recipe.grpo.validation.metric
+        rows = [row for row in self._rows if metric in row and row.get("val/unscorable_rate", 0) <= _MOST_UNSCORABLE]
+        return max(rows, key=lambda row: row[metric], default=None)
 
     def _protect(self) -> None:
-        self._checkpoints.protected = {self._best()["step"]} if self._rows else set()
+        best = self._best()
+        self._checkpoints.protected = {best["step"]} if best else set()
 
 
 def _summary(rows: list[tuple[str, int, bool, Reward]]) -> dict[str, float]:
-    """Figures of (task, prompt, think, reward); replies that nobody can judge count as wrong."""
+    """Figures of (task, prompt, think, reward), without what there is nothing to tell of."""
     right, by_task, by_prompt = [], defaultdict(list), defaultdict(list)
     for task, uid, think, reward in rows:
-        correct = bool(reward.correct)
-        right.append(correct)
-        by_task[task].append(correct)
-        by_prompt[uid, think].append(correct)
+        if reward.correct is not None:
+            right.append(reward.correct)
+            by_task[task].append(reward.correct)
+            by_prompt[uid, think].append(reward.correct)
     rewards = [reward.value for *_, reward in rows if reward.value is not None]
-    most = max(map(len, by_prompt.values()))
+    most = max(map(len, by_prompt.values()), default=0)
     return {
-        "val/accuracy": fmean(right),
-        "val/pass_at_1": fmean(right),
+        "val/unscorable_rate": fmean(reward.value is None and not reward.masked for *_, reward in rows),
+        **({"val/accuracy": fmean(right), "val/pass_at_1": fmean(right)} if right else {}),
         **({f"val/pass_at_{most}": fmean(map(any, by_prompt.values()))} if most > 1 else {}),
         **({"val/reward/mean": fmean(rewards)} if rewards else {}),
         **({f"val/{task}/accuracy": fmean(some) for task, some in by_task.items()} if len(by_task) > 1 else {}),

@@ -157,6 +157,19 @@ def test_gdpo_hears_every_component():
     close(got, ((sums - sums.mean()) / sums.std()).tolist())
 
 
+def test_gdpo_weights_of_each_sample_and_a_component_that_weighs_nothing():
+    components = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.3, 0.1], [0.3, 0.9]], dtype=torch.float64)
+    groups = [0, 0, 1, 1]
+
+    def of(weights):
+        return group_advantages(components.sum(1), groups, "gdpo", components=components, weights=weights)
+
+    assert of([1.0, 0.0]).tolist() == pytest.approx(of(torch.tensor([[1.0, 0.0]] * 4)).tolist())
+    assert of([1.0, 0.0])[2:].tolist() == [0, 0], "what differs in the second group weighs nothing"
+    mixed = of(torch.tensor([[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 2))
+    assert mixed[0] < 0 < mixed[1] and mixed[2] < 0 < mixed[3]
+
+
 def test_gdpo_weights_and_a_dead_component():
     generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(12, generator=generator).double()

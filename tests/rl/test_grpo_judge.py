@@ -53,7 +53,7 @@ def test_training_goes_on(judge, corpus, beginner, forks, tmp_path):  # noqa: F8
     url = f"http://127.0.0.1:{judge.server_port}/v1"
     options = f"base_url: '{url}', model: m, timeout: 5, retries: 0, prompt: 'reply {{{{ said }}}}'"
     recipe = write_recipe(tmp_path, f"{{judge: {{weight: 0.5, {options}}}, hashed: {{weight: 0.5}}}}")
-    forks.run(
+    told = forks.run(
         *command(recipe, corpus, beginner, tmp_path / "run", "train.steps=5", "environments.digits.num_workers=2")
     )
     rows = curve(tmp_path / "run")
@@ -61,5 +61,6 @@ def test_training_goes_on(judge, corpus, beginner, forks, tmp_path):  # noqa: F8
     shares = [row["env/problems/unscorable_rate"] for row in rows]
     if judge.ends:
         assert shares[-1] == 1 and rows[-1]["grad_norm"] == 0, "nobody can tell, so nothing is learnt"
+        assert "  problems: " in told and "replies have no reward" in told
     else:
         assert 0.1 < fmean(shares) < 0.6 and all(row["grad_norm"] > 0 for row in rows)

@@ -15,7 +15,7 @@ NAMES = {
     *("policy/clip_frac_low", "policy/clip_frac_high", "policy/clip_frac_dual", "policy/entropy", "kl/ref"),
     *("num_valid_tokens", "num_valid_samples"),
     *("mismatch/token_mult_prob_error", "mismatch/gen_kl_error"),
-    *("mismatch/sampling_importance_ratio", "mismatch/is_oob_ratio"),
+    *("mismatch/sampling_importance_ratio", "mismatch/is_oob_ratio", "mismatch/nan_rate"),
     *("advantages/mean", "advantages/std", "advantages/min", "advantages/max"),
 }
 
@@ -75,6 +75,7 @@ def test_equal_engines_show_no_mismatch():
         "mismatch/gen_kl_error": 0.0,
         "mismatch/sampling_importance_ratio": 1.0,
         "mismatch/is_oob_ratio": 0.0,
+        "mismatch/nan_rate": 0.0,
     }
 
 
@@ -86,3 +87,15 @@ def test_nothing_is_told_of_nothing():
     assert tally.results() == {}
     tally.describe("x/", torch.tensor([2.0, math.nan]), torch.tensor([1, 0]))
     assert tally.results() == {"x/mean": 2.0, "x/min": 2.0, "x/max": 2.0}
+
+
+def test_tokens_that_the_engine_knows_nothing_of_are_told_and_left_out():
+    old, tally = torch.tensor([-1.0, -2.0, -3.0, -4.0]), Tally()
+    sampled, mask = torch.tensor([-1.5, math.nan, math.nan, -4.0]), torch.tensor([True, True, True, False])
+    add_mismatch(tally, old, sampled, mask, rollout_correction(old, sampled, mask))
+    figures = tally.results()
+    assert figures["mismatch/nan_rate"] == pytest.approx(2 / 3)
+    assert figures["mismatch/token_mult_prob_error"] == pytest.approx(math.exp(0.5))
+    nothing = Tally()
+    add_mismatch(nothing, old, torch.full_like(old, math.nan), mask)
+    assert nothing.results() == {"mismatch/nan_rate": 1.0}

@@ -107,6 +107,10 @@ class Environments:
                 hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self._made)}"
                 raise UserError(f"task_name {name!r} has no environment; {hint}")
 
+    def weight(self, task_name: str, reward: str) -> float:
+        """Of one of a task's rewards; 1 where its environment has no weights."""
+        return getattr(self._made[task_name], "weights", {}).get(reward, 1.0)
+
     def start_step(self, episodes: Sequence[Episode]) -> list["Future[Reward]"]:
         """Submit replies of any tasks; it doesn't wait.
 
