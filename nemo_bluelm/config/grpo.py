@@ -72,6 +72,7 @@ class Backend(str, Enum):
     """What writes the replies."""
 
     mcore = "mcore"  # the weights that are trained, in their place
+    vllm = "vllm"  # a server of vLLM's, a process of its own
 
 
 @dataclass
@@ -138,13 +139,23 @@ class ThinkingConfig:
 
 
 @dataclass
+class VllmConfig:
+    """Where the server of backend vllm is; started on ``folder``, an ``export vllm`` that gets new weights."""
+
+    url: Optional[str] = None  # such as http://localhost:8000
+    folder: Optional[str] = None  # both see it under this path
+    timeout: float = 600.0  # seconds that a reply, or loading weights, may take
+
+
+@dataclass
 class GenerationConfig:
     backend: Backend = Backend.mcore
+    vllm: VllmConfig = field(default_factory=VllmConfig)
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     max_new_tokens: int = 1024
-    batch: int = 64  # replies that are written at once on a rank
+    batch: int = 64  # replies that are written at once on a rank; of vllm, that are asked for
 
 
 @dataclass
@@ -247,6 +258,7 @@ def grpo_problems(recipe) -> Iterator[str]:
     for name, least in (("max_new_tokens", 4), ("batch", 1), ("top_k", 0)):
         if getattr(generation, name) < least:
             yield f"grpo.generation.{name} is {getattr(generation, name)}; it must be {least} or more"
+    yield from _vllm_problems(recipe)
     for name in ("ratio_clip_min", "ratio_clip_max"):
         if not 0 < getattr(loss, name):
             yield f"grpo.loss.{name} is {getattr(loss, name)}; it must be greater than 0"
@@ -316,6 +328,27 @@ def grpo_problems(recipe) -> Iterator[str]:
     if grpo.validation.metric not in metrics:
         there = ", ".join(dict.fromkeys(metrics))
         yield f"grpo.validation.metric is {grpo.validation.metric}; it must be one of {there}"
+
+
+def _vllm_problems(recipe) -> Iterator[str]:
+    generation, vllm = recipe.grpo.generation, recipe.grpo.generation.vllm
+    if generation.backend != Backend.vllm:
+        if vllm != VllmConfig():
+            yield "grpo.generation.vllm is set, but grpo.generation.backend is mcore; set backend=vllm, or leave it out"
+        return
+    if not (vllm.url or "").startswith(("http://", "https://")):
+        yield f"grpo.generation.vllm.url is {vllm.url}; set it to the server's, such as http://localhost:8000"
+    if not vllm.folder:
+        yield "grpo.generation.vllm.folder is null; set it to the 'export vllm' folder that the server was started on"
+    if not 0 < vllm.timeout < math.inf:
+        yield f"grpo.generation.vllm.timeout is {vllm.timeout}; it must be greater than 0 seconds"
+    if generation.temperature != 1:
+        yield (
+            f"grpo.generation.temperature is {generation.temperature}; with backend vllm it must be 1, the temperature "
+            "of the log-probabilities that vLLM tells"
+        )
+    if recipe.train.lora.rank:
+        yield "train.lora.rank is set; backend vllm gets whole weights, set it to 0 or take backend mcore"
 
 
 def _scales_tasks(advantage: AdvantageConfig) -> bool:

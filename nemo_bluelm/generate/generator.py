@@ -118,7 +118,7 @@ class Generator:
         counts = [len(image) * self.geometry.tokens_per_tile for image in tiles]
         tokens = encode_prompt(prompt.messages, self.tokenizer, counts, bool(prompt.think), self.control_token)
         pixels = torch.cat([torch.empty(0, 3, side, side, dtype=torch.uint8), *tiles])
-        return TokenPrompt(tokens, pixels, prompt.think)
+        return TokenPrompt(tokens, pixels, prompt.think, asked=prompt)
 
 
 @contextmanager

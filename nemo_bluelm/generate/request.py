@@ -35,12 +35,14 @@ class TokenPrompt:
         tiles: uint8 [n, 3, T, T], those of its images in order.
         think: as ``Prompt.think``; the control token is among the tokens.
         number: what its replies depend on beside the seed; None: its place among the prompts of the call.
+        asked: what was encoded, for engines that encode it themselves.
     """
 
     tokens: Sequence[int]
     tiles: Tensor
     think: bool | None = False
     number: int | None = None
+    asked: Prompt | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from nemo import lightning as nl
 from torch import Tensor
 
+from nemo_bluelm.config.grpo import Backend
 from nemo_bluelm.config.schema import Recipe, geometry_of
 from nemo_bluelm.data.packs import PackedBatch
 from nemo_bluelm.data.tokenizer import Tokenizer
@@ -80,6 +81,10 @@ class Actor(BlueLM):
         Args:
             chunks: this rank's DistributedDataParallel modules.
         """
+        if self.recipe.grpo.generation.backend == Backend.vllm:
+            from nemo_bluelm.rl.backends.vllm import VllmBackend
+
+            return VllmBackend(self.generator, chunks, self.recipe)
         return MCoreBackend(self.generator, chunks, self.recipe.grpo.generation.batch)
 
     @torch.no_grad()

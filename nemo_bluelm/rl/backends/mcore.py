@@ -1,6 +1,7 @@
 """Replies by the weights that are being trained, in their place: nothing is copied, and nothing can disagree."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -19,13 +20,10 @@ class MCoreBackend(InferenceBackendBase):
 
     def __init__(self, generator: Generator, chunks: Sequence[torch.nn.Module], batch: int):
         self._generator, self._chunks, self._batch = generator, chunks, batch
-        self._hooked: list[torch.nn.Module] = []
+        self._whole = ExitStack()
 
     def refit(self) -> None:
-        # With overlap the optimizer's ranks exchange weights only when the next training step asks for them.
-        self._hooked = [chunk for chunk in self._chunks if getattr(chunk, "use_forward_hook", False)]
-        for chunk in self._hooked:
-            chunk.disable_forward_pre_hook()
+        self._whole.enter_context(whole_weights(self._chunks))
         self._generator.model.eval()
 
     def generate(self, prompts: Sequence[TokenPrompt], sampling: Sampling, on_reply: OnReply) -> None:
@@ -38,7 +36,24 @@ class MCoreBackend(InferenceBackendBase):
 
     def free(self) -> None:
         self._generator.model.train()
-        for chunk in self._hooked:
-            chunk.enable_forward_pre_hook()
+        self._whole.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def whole_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Every rank has all its weights as they are now: with overlap the optimizer's ranks exchange them only when the
+    next training step asks for them.
+
+    Args:
+        chunks: DistributedDataParallel modules.
+    """
+    hooked = [chunk for chunk in chunks if getattr(chunk, "use_forward_hook", False)]
+    for chunk in hooked:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()
