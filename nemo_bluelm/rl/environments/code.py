@@ -54,7 +54,7 @@ class Code(RewardFunction):
         count: ``all``: 1 if every test passes, the first that fails ends it; ``share``: of the tests.
         time_limit: seconds for each program run: for each input, or for all assertions.
         total_limit: seconds for an answer; what is not done by then has failed.
-        memory: megabytes of a process. processes: of them and threads at a time. disk, output: megabytes written.
+        memory: megabytes of each process. processes: of them and threads at a time. disk, output: megabytes written.
         isolation: ``strong``, or ``weak`` for the limits alone, see ``sandbox.Limits``.
     """
 

@@ -6,16 +6,23 @@ program started, in whatever session. The jail's root is a small file system in 
 libraries and /dev/null, read-only, and a folder ``/w`` of limited size that may be written; it goes with the program.
 The network has no interface, the user is nobody without capabilities who can make no namespaces.
 
+Memory: the limit is one of address space, of each process. What holds memory that no address space counts (System V
+IPC, message queues, memfd and the like) is refused by a filter of system calls. So all processes together have at most
+the limit times their number, the folder ``/w``, and the pipes and sockets of 64 descriptors each.
+
 Argument: JSON of ``sandbox.run``. What happened is written to the descriptor ``status``, as JSON.
 """
 
 import ctypes
+import errno
 import json
 import os
+import platform
 import resource
 import select
 import shutil
 import signal
+import struct
 import sys
 import time
 
@@ -30,6 +37,13 @@ _PARENT_DEATH_SIGNAL, _SUBREAPER, _NO_NEW_PRIVILEGES = 1, 36, 38
 _INSIDE, _NOBODY = 1000, 65534  # the program's user, in the jail and outside of it where root starts it
 _SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+_SECCOMP, _FILTER = 22, 2
+# Of each machine: what the kernel calls it, and the system calls that get memory outside of an address space: shmget,
+# semget, msgget, mq_open, add_key, vmsplice, memfd_create, bpf, io_uring_setup, memfd_secret.
+_HOARDING = {
+    "x86_64": (0xC000003E, (29, 64, 68, 240, 248, 278, 319, 321, 425, 447)),
+    "aarch64": (0xC00000B7, (194, 190, 186, 180, 217, 75, 279, 280, 425, 447)),
+}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -140,6 +154,27 @@ def _limit(task, processes):
         resource.setrlimit(kind, (value, value))
 
 
+def _refuse_hoarding():
+    """Let system calls fail that get memory which the limit of address space doesn't see; no program can undo it.
+
+    Raises:
+        OSError: the kernel has no such filters, or this machine's calls aren't known.
+    """
+    if platform.machine() not in _HOARDING:
+        raise OSError(f"the system calls of {platform.machine()} are not known")
+    machine, numbers = _HOARDING[platform.machine()]
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
+    allow, fail, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
+    steps = [(load, 0, 0, 4), (equal, 1, 0, machine), (end, 0, 0, kill)]  # calls in the manner of another machine,
+    steps += [(load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (end, 0, 0, kill)]  # or of x32, have other numbers
+    for number in numbers:
+        steps += [(equal, 0, 1, number), (end, 0, 0, fail)]
+    steps.append((end, 0, 0, allow))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(code)))
+    _call("prctl", _SECCOMP, ctypes.c_ulong(_FILTER), program, 0, 0)
+
+
 def _become(task, strong):
     """The inner process: never returns."""
     _call("prctl", _PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # and again below: another user forgets it
@@ -159,6 +194,8 @@ def _become(task, strong):
         os.setresuid(_INSIDE, _INSIDE, _INSIDE)
     _call("prctl", _PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     _call("prctl", _NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    if strong:
+        _refuse_hoarding()
     for number in (signal.SIGINT, signal.SIGXFSZ, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     os.execve(task["python"], [task["python"], "-I", "-S", "-B", *task["command"]], {})

@@ -1,6 +1,6 @@
 """Runs Python programs that nobody has read: in a jail, with limits, and with what they say read as plain bytes.
 
-Needs Linux 5.12 and user namespaces; neither root nor a further program.
+Needs Linux 5.12, on x86_64 or aarch64, and user namespaces; neither root nor a further program.
 """
 
 import functools
@@ -33,12 +33,13 @@ class Limits:
     """
     Attributes:
         seconds: of wall clock for the program; of CPU time for each of its processes.
-        memory: bytes of address space of each of its processes.
+        memory: bytes of address space of each of its processes. All together may have as much as ``memory * processes
+            + disk``; memory that no address space counts, such as System V's or a memfd's, is refused.
         processes: and threads, that it may have at a time, itself included.
         disk: bytes of the files that it may write; they are in memory.
         output: bytes that it may print.
         isolation: ``strong``; or ``weak``: the limits alone. The program may then read and write what the caller may,
-            and use the network.
+            use the network, and get memory that no address space counts.
     """
 
     seconds: float = 5.0
@@ -240,6 +241,11 @@ except OSError:
 found["network"] = [name for _, name in socket.if_nameindex() if name != "lo"] == []
 found["descriptors"] = not any(is_open(number) for number in range(3, 64))
 found["namespaces"] = ctypes.CDLL(None).unshare(0x10000000) != 0
+try:
+    os.memfd_create("probe")
+    found["memory"] = False
+except OSError:
+    found["memory"] = True
 children = 0
 try:
     while children < 8:

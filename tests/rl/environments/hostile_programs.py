@@ -71,6 +71,41 @@ for host in ['127.0.0.1', '10.0.0.1', '::1', '8.8.8.8']:
     "no program": "]]]] \\ud800 \\0 (",
 }
 
+# Each gets memory where the limit of address space doesn't count it, and prints how many bytes it has got.
+HOARDS = {
+    "System V memory": """
+import ctypes
+l, got = ctypes.CDLL(None), 0
+l.shmat.restype = ctypes.c_void_p
+while got < 800 << 20:
+    piece = l.shmget(0, 8 << 20, 0o1600)
+    place = l.shmat(piece, None, 0) if piece >= 0 else None
+    if place in (None, ctypes.c_void_p(-1).value): break
+    ctypes.memset(place, 1, 8 << 20)
+    l.shmdt(ctypes.c_void_p(place))
+    got += 8 << 20
+print(got)
+""",
+    "memory in descriptors": """
+import os
+got, piece = 0, bytes(7 << 20)
+for _ in range(61):
+    try: got += os.write(os.memfd_create('x'), piece)
+    except OSError: break
+print(got)
+""",
+    "System V messages": """
+import ctypes
+l, got = ctypes.CDLL(None), 0
+message = ctypes.create_string_buffer(b'\\1' + bytes(8199))
+for _ in range(20000):
+    queue = l.msgget(0, 0o1600)
+    if queue < 0 or l.msgsnd(queue, message, 8192, 0o4000) or l.msgsnd(queue, message, 8192, 0o4000): break
+    got += 16384
+print(got)
+""",
+}
+
 # Against assertions: each gives itself out as the program that is asked for.
 FORGERIES = {
     "equal to all": "class E(int):\n    __eq__ = lambda *_: True\n    __ne__ = lambda *_: False\n    __hash__ = int.__hash__\ndef add(a, b): return E(5)",

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hostile_programs import FORGERIES, PROGRAMS
+from hostile_programs import FORGERIES, HOARDS, PROGRAMS
 
 from nemo_bluelm.evaluate.scorers import make_scorer
 from nemo_bluelm.rl.environments import Episode, Said, sandbox
@@ -78,6 +78,13 @@ def test_it_is_worth_nothing_and_ends(outcomes, name):
     score, seconds = outcomes[name]
     assert score.value == 0, score
     assert seconds < 15, "limits are 3 s; the rest is for a machine that is busy"
+
+
+@pytest.mark.parametrize("name", HOARDS)
+def test_memory_is_limited_wherever_it_is(name):
+    limits = sandbox.Limits(seconds=30, memory=256 << 20, disk=8 << 20)
+    outcome = sandbox.run({"main.py": HOARDS[name]}, ["main.py"], limits)
+    assert outcome.clean and int(outcome.output) <= limits.memory, f"it got {int(outcome.output or -1) >> 20} MB"
 
 
 @pytest.mark.parametrize("count, value", [("all", 0.0), ("share", 0.0)])
