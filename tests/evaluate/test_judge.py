@@ -64,6 +64,24 @@ def make(url, **options):
         ("It is a note, not a no.\n**Score:** 0.5", 0.5),
         ('{"score": 0}', 0),
         ("Score: 0\nNo, wait.\nScore: 1", 1),
+        ("Score: 1.", 1),
+        ("Score: 0.85.", 0.85),
+        ("**Score: 1**.", 1),
+        ("### Score: `.5`", 0.5),
+        ('```json\n{\n  "score": 1\n}\n```', 1),
+        ("得分如下\nScore：0.5。", 0.5),
+        ("Score: 1\nThat is my score.", 1),
+        ("Wrong.\nScore: 1 out of 10", None),
+        ("Score: 1\nScore: 1 of 10", None),
+        ("Score: 1\nOr rather score: 0", None),
+        ("Score: 1%", None),
+        ("Score: 1, but let me check", None),
+        ("Score: 1 or 0", None),
+        ("Score: 1e-3", None),
+        ("Score: 0,5", None),
+        ("Score: 1..", None),
+        ("Score: .", None),
+        ("Score: nan", None),
         ("Score: 7", None),
         ("Score: -1", None),
         ("Score: 8/10", None),
@@ -75,6 +93,14 @@ def test_a_verdict(endpoint, reply, value):
     endpoint.replies = [reply]
     score = make(endpoint.url).score("in Paris", FIELDS)
     assert score.value == value and (value is not None or (score.passing and "no score" in score.reason))
+
+
+@pytest.mark.parametrize("reason, value", [("length", None), ("stop", 1), (None, 1)])
+def test_a_reply_that_was_cut_is_no_verdict(endpoint, reason, value):
+    choice = {"finish_reason": reason, "message": {"content": "I think\nScore: 1"}}
+    endpoint.replies = [(200, json.dumps({"choices": [choice]}))]
+    score = make(endpoint.url, max_tokens=9).score("in Paris", FIELDS)
+    assert score.value == value and (value is not None or (score.passing and "cut at 9 tokens" in score.reason))
 
 
 def test_what_is_asked(endpoint, monkeypatch):

@@ -231,7 +231,7 @@ class _Judge(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
         number = int(asked.rpartition("number ")[2])
-        content = "It is good. Score: 0.75"
+        content = "It is good.\nScore: 0.75"
         if number % 10 == 3:
             time.sleep(5)
         if number % 10 == 5:
