@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -25,6 +25,7 @@ _CALL = re.compile(r"\A([A-Za-z_]\w{0,40})[ \t]{0,4}\((.{0,4000})\)\Z", re.DOTAL
 _QUOTED = re.compile(r"'([^']{0,2000})'|\"([^\"]{0,2000})\"")
 _FENCE = re.compile(r"\A```\w{0,10}\n(.{0,10000}?)\n?```\Z", re.DOTALL)
 _NAMES = re.compile(r"\b[A-Za-z]\w{0,20}\s{0,4}=\s{0,4}")  # of arguments
+_PLACE = re.compile(r"\A[\d\s.,()\[\]-]{3,100}\Z")  # nothing but numbers
 _LINE = re.compile(r"\A(?:action|动作)\s{0,4}[:：]\s{0,4}", re.IGNORECASE)
 
 
@@ -45,11 +46,11 @@ class Action:
 @register_reward("gui")
 @dataclass
 class Gui(RewardFunction):
-    """An action: the share ``type_share`` for the right type, all for its right place or words too.
+    """An action: the share ``type_share`` for the right type, all for its right place and words too.
 
     The answer is one action: JSON such as {"action": "click", "point": [x, y]}, or a call such as click(x, y) or
     type('text'), in a fence or after "Action:" too. The reference is a mapping such as
-    {"type": "click", "box": [x1, y1, x2, y2]} or {"type": "type", "text": ...}.
+    {"type": "click", "box": [x1, y1, x2, y2]}, {"type": "type", "text": ...} or one with both, which count both.
 
     Attributes:
         reference: field with the right action.
@@ -79,13 +80,12 @@ class Gui(RewardFunction):
             return Score(0.0, f"the action is {said.kind!r:.40}")
         if "box" in wanted:
             found = Point(scale=self.scale).score(said.place, wanted)
-            if found.value is None:
-                return found
-            right, reason = found.value == 1, found.reason or "beside the box"
-        else:
-            words = next((str(wanted[name]) for name in _WORDS if wanted.get(name) is not None), "")
-            right, reason = _plain(said.words) == _plain(words) or not words, "other words"
-        return Score(1.0) if right else Score(self.type_share, reason)
+            if found.value != 1:
+                return found if found.value is None else Score(self.type_share, found.reason or "beside the box")
+        words = _first(wanted, _WORDS)
+        if words is not None and _plain(str(words)) and _plain(said.words) != _plain(str(words)):
+            return Score(self.type_share, "other words")
+        return Score(1.0)
 
     def _kind(self, name: str) -> str:
         plain = re.sub(r"[\s-]", "_", name.strip().lower())
@@ -110,13 +110,13 @@ class Gui(RewardFunction):
             found, kind = kind, kind.get("type")
         if not isinstance(kind, str):
             return None
-        place = next((found[name] for name in _PLACES if name in found), None)
+        place = _first(found, _PLACES)
         if place is None and "x" in found and "y" in found:
             place = [found["x"], found["y"]]
         while isinstance(place, list) and len(place) == 1:
             place = place[0]
-        words = next((found[name] for name in _WORDS if found.get(name) is not None), "")
-        return Action(self._kind(kind), _bracketed(place), str(words))
+        words = _first(found, _WORDS)
+        return Action(self._kind(kind), _bracketed(place), "" if words is None else str(words))
 
     def _of_call(self, text: str) -> Optional[Action]:
         call = _CALL.match(text)
@@ -126,9 +126,19 @@ class Gui(RewardFunction):
         inside = _NAMES.sub("", call[2]).strip()
         if re.search(r"\)\s{0,40}[;\n]", _QUOTED.sub("", inside)):  # a second call
             return None
-        quoted = _QUOTED.search(inside)
-        words = inside if quoted is None else quoted[1] if quoted[1] is not None else quoted[2]
-        return Action(self._kind(call[1]), _bracketed(inside), words)
+        quoted = [match[1] if match[1] is not None else match[2] for match in _QUOTED.finditer(inside)]
+        unquoted = _QUOTED.sub("", inside).strip(" ,")
+        if re.search(r"\d", unquoted):
+            place = unquoted
+        else:  # a place may be quoted; words beside it are then quoted too
+            place = next((text for text in quoted if _PLACE.match(text)), "")
+        words = [text for text in quoted if text != place or len(quoted) == 1] or [inside]
+        return Action(self._kind(call[1]), _bracketed(place), words[0])
+
+
+def _first(mapping: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """What the mapping has for the first of the names that it has anything for."""
+    return next((mapping[name] for name in names if mapping.get(name) is not None), None)
 
 
 def _bracketed(place: Any) -> str:

@@ -50,6 +50,7 @@ def test_further_rules_of_form():
 
 
 CLICK = {"action": {"type": "click", "box": [10, 10, 30, 30]}}
+BOTH = {"action": {"type": "type", "box": [10, 10, 30, 30], "text": "see [1, 2]"}}
 TYPE = {"action": {"type": "type", "text": "Hello you"}}
 
 
@@ -79,6 +80,15 @@ TYPE = {"action": {"type": "type", "text": "Hello you"}}
         ("type(content='Hello you')", TYPE, 1),
         ("input_text(Hello you)", TYPE, 1),
         ('type("Hello")', TYPE, 0.2),
+        ('{"action": "type", "point": [20, 20], "text": "see [1, 2]"}', BOTH, 1),
+        ("type([20, 20], 'see [1, 2]')", BOTH, 1),
+        ("type(20, 20, text='see [1, 2]')", BOTH, 1),
+        ("type(start_box='(20,20)', content='see [1, 2]')", BOTH, 1),
+        ('{"action": "type", "point": [20, 20], "text": "WRONG"}', BOTH, 0.2),
+        ('{"action": "type", "point": [40, 20], "text": "see [1, 2]"}', BOTH, 0.2),
+        ('{"action": "type", "text": "see [1, 2]"}', BOTH, 0.2),
+        ('{"action": "type", "point": [20, 20]}', BOTH, 0.2),
+        ("type('[20, 20]')", BOTH, 0.2),
         ("scroll('down')", {"action": {"type": "scroll", "direction": "down"}}, 1),
         ("swipe(direction='up')", {"action": {"type": "scroll", "direction": "down"}}, 0.2),
         ("press back", {"action": {"type": "back"}}, 1),
