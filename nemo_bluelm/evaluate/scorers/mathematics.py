@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.evaluate.scorers.base import Score, Scorer, last_boxed, need
+from nemo_bluelm.evaluate.scorers.claims import without_denied_numbers
 
 _WORKER = "nemo_bluelm.evaluate.scorers.mathematics_worker"
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]  # also where the package is not installed but on the path
@@ -23,9 +24,9 @@ _START = 60  # seconds until a worker has imported sympy
 class Math(Scorer):
     r"""1 if the answer equals a reference by math-verify: a number, a formula, a set, an interval.
 
-    The last ``\boxed{}`` counts if there is one, else what math-verify finds last. Of a reference like GSM8K's, with
-    the solution before ``####``, what follows counts. The comparison runs in a process of its own that is ended after
-    the time limit: an answer that takes longer is wrong.
+    The last ``\boxed{}`` counts if there is one, else what math-verify finds last, without what the answer says it is
+    not ("not 7"). Of a reference like GSM8K's, with the solution before ``####``, what follows counts. The comparison
+    runs in a process of its own that is ended after the time limit: an answer that takes longer is wrong.
 
     Attributes:
         time_limit: seconds for an answer.
@@ -53,7 +54,8 @@ class Math(Scorer):
     def score(self, answer: str, fields: Mapping[str, Any]) -> Score:
         references = [text.rsplit("####", 1)[-1].strip() for text in self.references(fields)]
         boxed = last_boxed(answer)
-        question = {"references": references, "answer": answer if boxed is None else f"\\boxed{{{boxed}}}"}
+        said = without_denied_numbers(answer) if boxed is None else f"\\boxed{{{boxed}}}"
+        question = {"references": references, "answer": said}
         with self._lock:
             found = self._ask(question)
         if found is None:
