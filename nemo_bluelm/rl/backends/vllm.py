@@ -119,7 +119,7 @@ class VllmBackend(InferenceBackendBase):
                 f"{len(prompt.tokens)} here; start it on {self._folder}"
             )
         for token, logprob in zip(answer.tokens, answer.logprobs, strict=True):
-            if writer.ended or writer.forced not in (None, token) or token in writer.banned():
+            if writer.ended or (token in writer.banned() if writer.forced is None else token != writer.forced):
                 raise UserError(
                     f"vLLM at {self._server.url} wrote token {token}, which can't stand where it does; start it with "
                     f"PYTHONPATH={self._folder} and --logits-processors bluelm_thinking:ThinkingBudget"

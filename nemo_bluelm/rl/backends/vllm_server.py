@@ -99,9 +99,7 @@ class VllmServer:
             except ValueError:
                 found = None
             if not isinstance(found, dict):
-                raise UserError(
-                    f"{self.url}{path} answers {_start_of(response.text)!r}, not as vLLM does"
-                )
+                raise UserError(f"{self.url}{path} answers {_start_of(response.text)!r}, not as vLLM does")
             return found
         raise UserError(
             f"vLLM at {self.url} can't be asked ({problem}); start it by {_START}, and this run again: it goes on from "
