@@ -58,6 +58,13 @@ def run(args: argparse.Namespace) -> int:
     from nemo_bluelm.runtime.environment import Launch
     from nemo_bluelm.runtime.run_dir import RECIPE_FILE, resolve_checkpoint
 
+    if args.think is False and args.think_budget is not None:
+        raise UserError("--think-budget has no thought to limit with --no-think; leave one of them out")
+    if args.think_budget is not None and args.think_budget > max(0, args.max_new_tokens - 3):
+        raise UserError(
+            f"--think-budget {args.think_budget} leaves no room for <think>, </think> and an answer in "
+            f"--max-new-tokens {args.max_new_tokens}; raise that"
+        )
     place = Launch.from_environment() if args.tensor > 1 else Launch()
     if args.tensor > 1 and args.prompt is None:
         raise UserError(f"--tensor {args.tensor}: a chat has one process; give --prompt TEXT")

@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 
 from nemo_bluelm.config.schema import ControlToken
-from nemo_bluelm.data.decode import get_backend
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.generate.decoder import Decoder
 from nemo_bluelm.generate.generator import Generator, open_generator
@@ -68,11 +66,9 @@ def golden(checkpoint: Path, rows: int, whole_tiles: bool = False) -> dict[str, 
 
 
 def ask(generator: Generator, images: Sequence[bytes], think: bool) -> TokenPrompt:
-    """The prompt of ``golden.json``. Its tiles are Pillow's, as an export's own: the generator's are off by a level."""
+    """The prompt of ``golden.json``."""
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": _TEXT}]
-    encoded = generator.encode(Prompt([{"role": "user", "content": content}], images, think))
-    tiles = get_backend("pil").tiles(images, generator.geometry) if images else [encoded.tiles]
-    return replace(encoded, tiles=torch.cat(tiles))
+    return generator.encode(Prompt([{"role": "user", "content": content}], images, think))
 
 
 def _greedy(model, prompt: TokenPrompt, tokenizer: Tokenizer, rows: int) -> dict[str, list]:

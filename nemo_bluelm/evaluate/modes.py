@@ -8,6 +8,7 @@ from nemo_bluelm.errors import UserError
 from nemo_bluelm.generate.generator import Generator
 from nemo_bluelm.generate.request import Prompt, Sampling
 
+_AROUND = 3  # tokens at least around a thought: <think>, </think> and an answer
 TOKENS_AT_ONCE = 131_072  # of prompts and replies of a batch, padded to the longest
 
 
@@ -30,10 +31,10 @@ class ThinkMode:
         Raises:
             UserError: the budget leaves no room for an answer.
         """
-        if self.budget is not None and self.budget >= sampling.max_new_tokens:
+        if self.budget is not None and self.budget > sampling.max_new_tokens - _AROUND:
             raise UserError(
                 f"a thinking budget of {self.budget} leaves no room for an answer in max_new_tokens, which is "
-                f"{sampling.max_new_tokens}; raise it"
+                f"{sampling.max_new_tokens}; raise that, or lower the budget to {sampling.max_new_tokens - _AROUND}"
             )
         return replace(sampling, think_budget=self.budget if self.think else None)
 

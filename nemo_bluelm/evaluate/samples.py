@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any, Optional
 
 from nemo_bluelm.data.chat import Message
@@ -22,7 +23,8 @@ _PLACE = f"<image {uuid.uuid4()}>"  # what {{ image }} becomes for a moment; no 
 
 @dataclass(frozen=True)
 class Sample:
-    """``key`` is unique in the data; ``where`` tells a person the place; ``fields`` are for the scorers."""
+    """``key`` is unique in the data, and another one if the record changes; ``where`` tells a person the place;
+    ``fields`` are for the scorers."""
 
     key: str
     where: str
@@ -84,7 +86,15 @@ def _sample(files: Files, path: str, group: Group, place: str, task: Task, marke
         messages = [{"role": "user", "content": _content(text.strip(), len(names))}]
     marker.check(fields)
     images = tuple(files.read(image.file, *image.member) for image in find_images(files, path, group, record))
-    return Sample(f"{path}#{group.key}", place, messages, images, fields)
+    return Sample(f"{path}#{group.key}@{_digest(fields, images)}", place, messages, images, fields)
+
+
+def _digest(fields: dict[str, Any], images: Sequence[bytes]) -> str:
+    """Of all that a record has: once it is another, results of the one before are not its own."""
+    digest = sha256(json.dumps(fields, sort_keys=True).encode())
+    for image in images:
+        digest.update(sha256(image).digest())
+    return digest.hexdigest()[:16]
 
 
 def _fields(read: Any, group: Group) -> dict[str, Any]:

@@ -24,7 +24,12 @@ def _none(index: int) -> bool:
 
 
 class Generator:
-    """A model with its tokenizer and image geometry, for one call at a time. Make one with :func:`open_generator`."""
+    """A model with its tokenizer and image geometry, for one call at a time. Make one with :func:`open_generator`.
+
+    Args:
+        control_token: as ``data.chat.control_token`` of the recipe that the model was trained with.
+        decode: backend of ``nemo_bluelm.data.decode``; ``pil`` gives the tiles of an export's image processor.
+    """
 
     def __init__(
         self,
@@ -32,7 +37,9 @@ class Generator:
         tokenizer: Tokenizer,
         geometry: Geometry,
         control_token: ControlToken = ControlToken.after_query,
+        decode: str = "pil",
     ):
+        self.decode = decode
         self.model, self.tokenizer, self.geometry = model, tokenizer, geometry
         self.control_token = control_token
 
@@ -46,11 +53,13 @@ class Generator:
         return [replies[index] for index in range(len(replies))]
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, dropped: Callable[[int], bool] = _none
+        self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling], dropped: Callable[[int], bool] = _none
     ) -> Iterator[Piece]:
         """The replies' text as it comes; those of a batch take turns. Closing the iterator frees the caches.
 
         Args:
+            sampling: for all prompts, or one for each; those may differ in lengths, budgets, texts and seeds only (see
+                :meth:`Sampling.alike`).
             dropped: asked before each further token whether nobody wants the reply of that :attr:`Piece.index` any
                 more; then it leaves the batch without a last piece, and the others go on. All ranks of a split model
                 must say the same.
@@ -62,28 +71,33 @@ class Generator:
         yield from self.stream_tokens([self.encode(prompt) for prompt in prompts], sampling, dropped)
 
     def stream_tokens(
-        self, prompts: Sequence[TokenPrompt], sampling: Sampling, dropped: Callable[[int], bool] = _none
+        self,
+        prompts: Sequence[TokenPrompt],
+        sampling: Sampling | Sequence[Sampling],
+        dropped: Callable[[int], bool] = _none,
     ) -> Iterator[Piece]:
         """As :meth:`stream`."""
         if not prompts:
             return
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        sampling, longest = samplings[0], max(each.max_new_tokens for each in samplings)
         writers = [
             Writer(
-                *(prompt.think, sampling, self.tokenizer, prompt.tokens, place * sampling.samples + sample),
-                (place if prompt.number is None else prompt.number) * sampling.samples + sample,
+                *(prompt.think, own, self.tokenizer, prompt.tokens, place * own.samples + sample),
+                (place if prompt.number is None else prompt.number) * own.samples + sample,
             )
-            for place, prompt in enumerate(prompts)
-            for sample in range(sampling.samples)
+            for place, (prompt, own) in enumerate(zip(prompts, samplings, strict=True))
+            for sample in range(own.samples)
         ]
-        if not sampling.max_new_tokens:
+        if not longest:
             yield from (Piece(writer.index, "", False, writer.reply()) for writer in writers)
             return
         decoder = Decoder(self.model, self.tokenizer.pad)
         try:
             tokens, tiles = [prompt.tokens for prompt in prompts], [prompt.tiles for prompt in prompts]
-            logits = decoder.prefill(tokens, tiles, sampling.samples, sampling.max_new_tokens)
+            logits = decoder.prefill(tokens, tiles, sampling.samples, longest)
             rows = writers  # the sequences that the decoder has
-            for left in reversed(range(sampling.max_new_tokens)):
+            for left in reversed(range(longest)):
                 # Further rows of the vocabulary only pad the embedding.
                 tokens, logprobs = draw(logits[:, : self.tokenizer.vocab_size], sampling, rows)
                 drawn = fetch(tokens, logprobs)
@@ -114,7 +128,8 @@ class Generator:
             UserError: messages and images that don't go together, or an image that can't be decoded.
         """
         side = self.geometry.tile
-        tiles = [load_tiles(data, self.geometry, f"image {i + 1}") for i, data in enumerate(prompt.images)]
+        images = enumerate(prompt.images, 1)
+        tiles = [load_tiles(data, self.geometry, f"image {number}", self.decode) for number, data in images]
         counts = [len(image) * self.geometry.tokens_per_tile for image in tiles]
         tokens = encode_prompt(prompt.messages, self.tokenizer, counts, bool(prompt.think), self.control_token)
         pixels = torch.cat([torch.empty(0, 3, side, side, dtype=torch.uint8), *tiles])

@@ -1,7 +1,7 @@
 """What is asked of a generator, and what it answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -84,6 +84,12 @@ class Sampling:
     seed: int = 0
     logprobs_temperature: float = 1.0
     enforce: bool = True
+
+    def alike(self, other: "Sampling") -> bool:
+        """Whether replies may be written together: tokens are drawn in one way, and the seed, limits and texts of each
+        are its own."""
+        own = dict(max_new_tokens=0, min_new_tokens=0, think_budget=None, closing_text="", stop=(), seed=0)
+        return replace(self, **own) == replace(other, **own)
 
     def __post_init__(self):
         budget = self.think_budget

@@ -93,7 +93,7 @@ class Encoder:
             UserError: messages and images that don't go together, or an image that can't be decoded.
         """
         side = self._geometry.tile
-        each = [load_tiles(data, self._geometry, f"image {i + 1}") for i, data in enumerate(images)]
+        each = [load_tiles(data, self._geometry, f"image {i + 1}", "torch") for i, data in enumerate(images)]
         counts = [len(image) * self._geometry.tokens_per_tile for image in each]
         tiles = torch.cat([torch.empty(0, 3, side, side, dtype=torch.uint8), *each])
         conversations = ([*messages, {"role": "assistant", "content": answer}] for answer in answers)

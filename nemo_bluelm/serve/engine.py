@@ -143,20 +143,19 @@ class Engine:
                 return []
             first = self._queue.popleft()
             self._running = [first]
-            longest = first.asked.tokens
+            longest = first.asked.tokens + first.asked.sampling.max_new_tokens
             for job in () if first.asked.alone else tuple(self._queue):
-                together = max(longest, job.asked.tokens)
-                if not job.asked.alone and job.asked.sampling == first.asked.sampling and self._fits(together):
+                together = max(longest, job.asked.tokens + job.asked.sampling.max_new_tokens)
+                if not job.asked.alone and job.asked.sampling.alike(first.asked.sampling) and self._fits(together):
                     self._running.append(job)
                     self._queue.remove(job)
                     longest = together
             return self._running
 
     def _fits(self, longest: int) -> bool:
-        """Whether one more request fits into the batch if its longest prompt has so many tokens."""
-        sampling = self._running[0].asked.sampling
-        replies = (len(self._running) + 1) * sampling.samples
-        return replies <= self._max_batch and replies * (longest + sampling.max_new_tokens) <= self._max_tokens
+        """Whether one more request fits into the batch if its longest prompt and reply have so many tokens."""
+        replies = (len(self._running) + 1) * self._running[0].asked.sampling.samples
+        return replies <= self._max_batch and replies * longest <= self._max_tokens
 
     @staticmethod
     def _write(batch: list[Job], generator: "Generator") -> None:
@@ -165,8 +164,9 @@ class Engine:
         asked = batch[0].asked
         seed = random.getrandbits(32) if asked.seed is None else asked.seed
         samples = asked.sampling.samples
-        prompts, sampling = [job.asked.prompt for job in batch], replace(asked.sampling, seed=seed)
-        for piece in generator.stream(prompts, sampling, dropped=lambda index: batch[index // samples].over):
+        prompts = [job.asked.prompt for job in batch]
+        samplings = [replace(job.asked.sampling, seed=seed) for job in batch]
+        for piece in generator.stream(prompts, samplings, dropped=lambda index: batch[index // samples].over):
             job = batch[piece.index // samples]
             if not job.over:
                 job.put(replace(piece, index=piece.index % samples))

@@ -88,10 +88,14 @@ def read_chat(body: bytes | bytearray, served: Served, settings: Settings) -> As
                 "context_length_exceeded",
             )
         for where, data in images.items():  # a header tells nothing of broken pixels, which would end a whole batch
-            load_tiles(data, served.geometry, where)
+            load_tiles(data, served.geometry, where, "torch")  # the same are good for all backends; the fastest
     except UserError as error:
         raise bad_request(str(error).replace("max_new_tokens", "max_tokens")) from None
-    options = fields.get("stream_options") or {}
+    options = {} if fields.get("stream_options") is None else fields["stream_options"]
+    if fields.get("stream_options") is not None and not fields.get("stream"):
+        raise bad_request("stream_options changes nothing without stream; leave it out")
+    if think is False and fields.get("think_budget") is not None:
+        raise bad_request("think_budget changes nothing where think is false; leave one of them out")
     if not isinstance(options, dict) or set(options) - {"include_usage"}:
         raise bad_request(f'stream_options is {options!r:.60}; it must be {{"include_usage": true or false}}')
     return Asked(
@@ -173,11 +177,13 @@ def _part(part: Any, where: str, images: dict[str, bytes], settings: Settings) -
 
 def _sampling(fields: dict, prompt: int, context: int, settings: Settings) -> Sampling:
     """How to write replies to a prompt of ``prompt`` tokens. Raises UserError too."""
+    if fields.get("max_completion_tokens") is not None and fields.get("max_tokens") is not None:
+        raise bad_request("max_tokens and max_completion_tokens are names of one limit; give one of them")
     name = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
     asked = _whole(fields, name, None, 1)
     if prompt + (asked or 1) > context:
         raise _too_long(f"{prompt:,} tokens and the reply {asked or 1:,}", context)
-    stop = fields.get("stop") or ()
+    stop = () if fields.get("stop") is None else fields["stop"]
     stop = (stop,) if isinstance(stop, str) else stop
     of_texts = isinstance(stop, (list, tuple)) and all(isinstance(text, str) for text in stop)
     if not of_texts or len(stop) > _STOPS or not all(0 < len(text) <= _STOP_LENGTH for text in stop):

@@ -28,6 +28,8 @@ ENGINE = "NEMO_BLUELM_VLLM_PYTHON"  # a python that has vLLM
 STAND_IN = Path(__file__).with_name("vllm_stand_in.py")
 CLOSING = "so"
 VLLM = "grpo.generation.backend=vllm"
+ROPE = "model.language.yarn.original_max_position_embeddings=512"  # as the beginner's
+VLLM = "grpo.generation.backend=vllm"
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +90,8 @@ def engine(folder):
 
 
 def learn(url, folder, corpus, beginner, forks, tmp_path):  # noqa: F811
-    words = ["grpo.generation.backend=vllm", f"grpo.generation.vllm.url={url}", f"grpo.generation.vllm.folder={folder}"]
-    words += [
-        "grpo.thinking.budget_tokens=2",
-        f"grpo.thinking.closing_text={CLOSING}",
-        "train.steps=3",
-        "optim.lr=0.01",
-    ]
+    words = [VLLM, f"grpo.generation.vllm.url={url}", f"grpo.generation.vllm.folder={folder}", ROPE, "train.steps=3"]
+    words += ["grpo.thinking.budget_tokens=2", f"grpo.thinking.closing_text={CLOSING}", "optim.lr=0.01"]
     forks.run(*command(write_recipe(tmp_path), corpus, beginner, tmp_path / "run", *words))
     return curve(tmp_path / "run")
 
@@ -111,6 +108,14 @@ def test_replies_are_of_the_weights_as_they_are(stand_in, folder, corpus, beginn
     assert not list(folder.parent.glob(".*")), "what was handed over is gone"
 
 
+@pytest.mark.slow
+def test_a_folder_of_another_model(stand_in, folder, corpus, beginner, forks, tmp_path):  # noqa: F811
+    words = [VLLM, f"grpo.generation.vllm.url={stand_in}", f"grpo.generation.vllm.folder={folder}"]
+    fork = forks.start(*command(write_recipe(tmp_path), corpus, beginner, tmp_path / "run", *words))
+    code, output = fork.finish(timeout=240)
+    assert code == 2 and "text_config.max_position_embeddings is 4096" in output and "or export again" in output
+
+
 @pytest.mark.long
 @pytest.mark.skipif(ENGINE not in os.environ, reason=f"{ENGINE} names no python that has vLLM")
 def test_vllm_itself(engine, folder, corpus, beginner, forks, tmp_path):  # noqa: F811
@@ -121,7 +126,7 @@ def test_vllm_itself(engine, folder, corpus, beginner, forks, tmp_path):  # noqa
 
 
 def test_a_server_that_is_not_there(folder, corpus, beginner, tmp_path, cli_process):  # noqa: F811
-    words = ["grpo.generation.backend=vllm", "grpo.generation.vllm.url=http://127.0.0.1:9"]
+    words = [VLLM, "grpo.generation.vllm.url=http://127.0.0.1:9"]
     recipe, paths = (
         write_recipe(tmp_path),
         [f"data.root={corpus}", f"init_from={beginner}", f"run_dir={tmp_path / 'r'}"],

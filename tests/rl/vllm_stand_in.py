@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
             assert body == {"method": "reload_weights"}
             engine.reload()
             self._send({"results": [None]})
-        elif self.path == "/reset_prefix_cache":
+        elif self.path in ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"):
             self._send(None)
         else:
             assert self.path == "/v1/chat/completions"

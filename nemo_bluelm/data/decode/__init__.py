@@ -88,8 +88,8 @@ def get_backend(name: str, device: str = "cpu", threads: int = 1) -> Backend:
     return make(threads)
 
 
-def load_tiles(data: bytes, geometry: Geometry, name: str = "image") -> "Tensor":
-    """Tiles of one image by the ``torch`` backend, in the calling thread.
+def load_tiles(data: bytes, geometry: Geometry, name: str = "image", backend: str = "pil") -> "Tensor":
+    """Tiles of one image, in the calling thread; those of an export's image processor, if by the ``pil`` backend.
 
     Returns:
         uint8 [n, 3, T, T], as :meth:`Backend.tiles`.
@@ -97,7 +97,7 @@ def load_tiles(data: bytes, geometry: Geometry, name: str = "image") -> "Tensor"
     Raises:
         UserError: it is a bad image; the message begins with ``name``.
     """
-    (tiles,) = get_backend("torch").tiles([data], geometry)
+    (tiles,) = get_backend(backend).tiles([data], geometry)
     if isinstance(tiles, BadSample):
         raise UserError(f"{name}: {tiles.reason}")
     return tiles

@@ -2,6 +2,7 @@
 Face's and is asked over HTTP."""
 
 import base64
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -76,11 +77,23 @@ class VllmBackend(InferenceBackendBase):
         from nemo_bluelm.convert.exporting import export_hf
 
         export_hf(checkpoint, checkpoint / "hf")
-        for file in sorted((checkpoint / "hf").iterdir()):
+        self._check_config(checkpoint / "hf" / "config.json")
+        for file in sorted((checkpoint / "hf").glob("model*.safetensors*")):
             os.replace(file, self._folder / file.name)
         (self._folder / "golden.json").unlink(missing_ok=True)  # of the weights before
         shutil.rmtree(checkpoint)
         self._server.reload()
+
+    def _check_config(self, policy: Path) -> None:
+        """The server keeps the configuration that it was started with."""
+        mine, its = (_flat(json.loads(path.read_text())) for path in (policy, self._folder / "config.json"))
+        for key in sorted(set(mine) | set(its)):
+            if mine.get(key) != its.get(key):
+                raise UserError(
+                    f"{key} is {its.get(key)} in {self._folder / 'config.json'}, which vLLM was started on, and "
+                    f"{mine.get(key)} in this recipe's model; make the model that of init_from, or export again from a "
+                    "checkpoint of this recipe"
+                )
 
     def generate(self, prompts: Sequence[TokenPrompt], sampling: Sampling, on_reply: OnReply) -> None:
         """
@@ -172,6 +185,13 @@ def _message(message: Message, images: Iterator[bytes]) -> dict[str, Any]:
 def _image(data: bytes) -> dict[str, Any]:
     url = "data:image/png;base64," + base64.b64encode(data).decode()  # decoders look at the bytes
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of JSON's objects."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for name, child in node.items() for k, v in _flat(child, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def _make_checkpoint(place: Path, recipe: Recipe, tokenizer: bytes) -> None:

@@ -52,7 +52,9 @@ class VllmServer:
             UserError: it can't.
         """
         self._ask("POST", "/collective_rpc", {"method": "reload_weights"})
-        self._ask("POST", "/reset_prefix_cache")
+        # Computed by the weights before. What is kept of images is known to server and engine: both must forget it.
+        for cache in ("prefix", "mm", "encoder"):
+            self._ask("POST", f"/reset_{cache}_cache")
 
     def chat(self, body: dict[str, Any]) -> Answer:
         """

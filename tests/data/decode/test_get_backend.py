@@ -44,7 +44,7 @@ def test_dali_without_a_gpu():
 
 def test_one_image():
     data = encode(photo(), "PNG")
-    assert torch.equal(load_tiles(data, TINY), get_backend("torch").tiles([data], TINY)[0])
+    assert torch.equal(load_tiles(data, TINY), get_backend("pil").tiles([data], TINY)[0])
 
 
 @pytest.mark.parametrize("kind", ["html", "jpeg-half", "png-bomb", "tiff-32-bit-gray", "1x1-png"])
