@@ -65,8 +65,15 @@ def stand_in(folder, tmp_path):
 
 
 @pytest.fixture
-def engine(folder):
-    """vLLM itself."""
+def engine(folder, tmp_path):
+    """vLLM itself. Its CPU build multiplies by packed copies of weights, of which it forgets a tied head's when weights
+    are reloaded; a plugin makes it do without."""
+    plugin = tmp_path / "plugin"
+    (plugin / "plain-0.dist-info").mkdir(parents=True)
+    (plugin / "plain-0.dist-info" / "METADATA").write_text("Name: plain\nVersion: 0\n")
+    (plugin / "plain-0.dist-info" / "entry_points.txt").write_text("[vllm.general_plugins]\nplain = plain:register\n")
+    register = "def register():\n    import vllm._custom_ops\n    vllm._custom_ops._supports_onednn = False\n"
+    (plugin / "plain.py").write_text(register)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,7 +82,7 @@ def engine(folder):
     command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", 256, "--logits-processors", "bluelm_thinking:ThinkingBudget"]
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    process = started(command, path=str(folder), HF_HUB_OFFLINE="1", **settings)
+    process = started(command, path=os.pathsep.join((str(folder), str(plugin))), HF_HUB_OFFLINE="1", **settings)
 
     def answers():
         with socket.socket() as probe:
@@ -122,7 +129,7 @@ def test_vllm_itself(engine, folder, corpus, beginner, forks, tmp_path):  # noqa
     rows = learn(engine, folder, corpus, beginner, forks, tmp_path)
     print([row["mismatch/token_mult_prob_error"] for row in rows])
     for row in rows:
-        assert row["mismatch/nan_rate"] == 0 and row["mismatch/token_mult_prob_error"] == pytest.approx(1, abs=5e-3)
+        assert row["mismatch/nan_rate"] == 0 and row["mismatch/token_mult_prob_error"] == pytest.approx(1, abs=1e-3)
 
 
 def test_a_server_that_is_not_there(folder, corpus, beginner, tmp_path, cli_process):  # noqa: F811
