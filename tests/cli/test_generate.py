@@ -146,6 +146,8 @@ def test_an_answer_that_is_stopped_stays(generator, capsys):
             ["not enough memory", "fewer than 999,999,999,999 --max"],
         ),
         (["generate", "CKPT", "--prompt", "x", "--think-budget", "-1"], ["think_budget is -1"]),
+        (["generate", "CKPT", "--prompt", "x", "--no-think", "--think-budget", "7"], ["--think-budget", "--no-think"]),
+        (["generate", "CKPT", "--prompt", "x", "--think-budget", "600"], ["--max-new-tokens 512", "no room"]),
         (["generate", "CKPT", "--prompt", "x", "--think", "--max-new-tokens", "2"], ["max_new_tokens is 2"]),
         (["generate", "CKPT", "--prompt", "x", "--tensor", "3"], ["--tensor 3: ", "num_attention_heads is 4"]),
         (["generate", "CKPT", "--tensor", "2"], ["--tensor 2", "--prompt TEXT"]),

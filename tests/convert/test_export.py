@@ -22,6 +22,8 @@ from nemo_bluelm.data.chat import encode_conversation, encode_prompt
 from nemo_bluelm.data.decode import get_backend
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.generate.generator import open_generator
+from nemo_bluelm.generate.request import Prompt, Sampling
 from nemo_bluelm.runtime.run_dir import RECIPE_FILE, TOKENIZER_FILE
 from tests.convert.exports import ODD, write_random
 
@@ -166,6 +168,30 @@ def test_batch(processor, folder):
         assert torch.equal(answer, together[row])
     with pytest.raises(ValueError, match="2 <image> and 1 images"):
         processor(images=images[:1], text=texts)
+
+
+def test_images_are_answered_as_by_the_checkpoint(processor, checkpoint, folder):
+    """From the image files on: the folder's processor, its model and Hugging Face's generate against our generator."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    new, talk = 8, [{"role": "user", "content": [*[{"type": "image"}] * 2, {"type": "text", "text": "what?"}]}]
+    images = [Image.effect_noise((90, 41), 90).convert("RGB"), Image.effect_noise((40, 131), 90).convert("RGB")]
+    text = processor.apply_chat_template(talk, tokenize=False)
+    inputs = processor(images=images, text=text, return_tensors="pt")
+    options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, return_dict_in_generate=True)
+    found = model.generate(**inputs, **options, output_logits=True)
+    tokens = found.sequences[0, -new:].tolist()
+    scores = [logits[0].log_softmax(-1)[token].item() for logits, token in zip(found.logits, tokens)]
+    files = []
+    for image in images:
+        image.save(file := io.BytesIO(), "PNG")
+        files.append(file.getvalue())
+    with open_generator(checkpoint) as generator:
+        sampling = Sampling(max_new_tokens=new, min_new_tokens=new, enforce=False)
+        (reply,) = generator.generate([Prompt(talk, files)], sampling)
+    assert list(reply.tokens) == tokens
+    assert reply.logprobs == pytest.approx(scores, abs=1e-5)
 
 
 def change_json(name, change):

@@ -235,3 +235,14 @@ def test_modes():
         ThinkMode(True, 8),
         ThinkMode(True),
     ]
+
+
+def test_a_record_that_has_changed_is_asked_again(generator, tiny_checkpoint, tmp_path, data):  # noqa: F811
+    before = evaluate(generator, tiny_checkpoint, tmp_path, data)
+    kept = len(lines(tmp_path))
+    evaluate(generator, tiny_checkpoint, tmp_path, data)
+    assert len(lines(tmp_path)) == kept, "nothing was new"
+    data.write_text(data.read_text().replace('"answer": "', '"answer": "other than '))
+    after = evaluate(generator, tiny_checkpoint, tmp_path, data)
+    assert len(lines(tmp_path)) == 2 * kept
+    assert before.rows[0].accuracy == 0.5 and after.rows[0].accuracy == 0

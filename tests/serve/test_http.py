@@ -39,7 +39,7 @@ def events(response) -> list[dict]:
 @pytest.mark.parametrize("images", [(), PICTURES[:2]])
 @pytest.mark.parametrize("think", [True, False, None])
 def test_a_reply_is_the_generators(server, generator, think, images):
-    fields = {"think": think, "think_budget": 5, "logprobs": True}
+    fields = {"think": think, **({} if think is False else {"think_budget": 5}), "logprobs": True}
     status, body = server.ask(chat("what is seven?", *images, max_tokens=14, **fields))
     reply = expected(generator, "what is seven?", *images, think=think, max_new_tokens=14, think_budget=5)
     (choice,) = body["choices"]
@@ -143,6 +143,11 @@ REFUSED = [
     (chat("x", max_tokens=True), None, "max_tokens"),
     (chat("x", n=33), None, "n is 33"),
     (chat("x", stop=[""]), None, "stop"),
+    (chat("x", stop={}), None, "stop"),
+    (chat("x", stop=0), None, "stop"),
+    (chat("x", think=False, think_budget=5), None, "think_budget changes nothing"),
+    (chat("x", stream_options={"include_usage": True}), None, "stream_options changes nothing"),
+    (chat("x", max_tokens=3, max_completion_tokens=4), None, "names of one limit"),
     (chat("x", think="yes"), None, "think"),
     (chat("x", think=True, max_tokens=2), None, "max_tokens is 2; a thought"),
     (chat("x", think_budget=-1), None, "think_budget"),
