@@ -31,7 +31,7 @@ class HarnessModel(LM):
 
     Args:
         think: answer with a thought, which the harness doesn't see.
-        think_budget: tokens of a thought at most.
+        think_budget: tokens of a thought at most, beside those of the answer; None: as many as of the answer.
         max_length: tokens of a window of ``loglikelihood_rolling``.
         max_gen_toks: of a reply, where the task doesn't say.
     """
@@ -106,11 +106,13 @@ class HarnessModel(LM):
         given = {name: options[name] for name in _SAMPLING if options.get(name) is not None}
         if not options.get("do_sample", given.get("temperature", 0) > 0):
             given["temperature"] = 0.0
-        new = options.get("max_gen_toks") or self._max_gen_toks
+        new, thought = int(options.get("max_gen_toks") or self._max_gen_toks), None
+        if self._think:
+            thought = new if self._budget is None else self._budget
         return Sampling(
-            int(new),
+            new if thought is None else new + thought + 2,  # <think> and </think>
             stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
-            think_budget=self._budget if self._think else None,
+            think_budget=thought,
             **given,
         )
 
