@@ -37,7 +37,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_the_way_out(damage,
     DAMAGE[damage](newest)
     code, output = forks.start(*command(corpus, run_dir, 5)).finish(timeout=120)
     assert code == 2
-    assert output.count("\n") == 1 and str(newest) in output and "is damaged" in output, output
+    notice, error = output.splitlines()
+    assert "train.steps is 5, but was 4" in notice, output
+    assert error.startswith("nemo-bluelm: error:") and str(newest) in error and "is damaged" in error, output
     if damage == "weights cut":
         shutil.rmtree(newest)
         forks.run(*command(corpus, run_dir, 5))
