@@ -20,7 +20,7 @@ from nemo_bluelm.bench.work import work_of
 from nemo_bluelm.config.schema import Dtype, Recipe
 from nemo_bluelm.data.packs import PackedBatch
 from nemo_bluelm.model.flops import peak_flops
-from nemo_bluelm.train.later import Stamp
+from nemo_bluelm.runtime.later import Stamp
 
 
 class Case(dict):

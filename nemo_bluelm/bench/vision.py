@@ -14,7 +14,7 @@ from nemo_bluelm.bench.hf_model import HFModel
 from nemo_bluelm.bench.machine import device_name
 from nemo_bluelm.config.schema import Dtype, ParallelConfig, Recipe, Recompute, YarnConfig, geometry_of
 from nemo_bluelm.model.flops import pack_flops, peak_flops
-from nemo_bluelm.train.later import Stamp
+from nemo_bluelm.runtime.later import Stamp
 
 
 def measure_vision(recipe: Recipe, tiles: int, steps: int, warmup: int, compiled: bool) -> list[dict]:

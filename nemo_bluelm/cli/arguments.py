@@ -20,10 +20,19 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """argparse type: a whole number of 1 or more."""
+    return _at_least(1, text)
+
+
+def not_negative(text: str) -> int:
+    """argparse type: a whole number of 0 or more."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
     return value

@@ -14,10 +14,11 @@ from nemo_bluelm.cli import worker
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.parent import bound_to_this_process
 
-SHUTDOWN_SECONDS = 1800
+SHUTDOWN_SECONDS = 1800  # that ranks get after a signal to us: they may have a checkpoint to write
+FAILURE_SECONDS = 10  # that they get after one of them failed: a checkpoint takes all of them
 
 
-def launch(arguments: list[str], nproc: int) -> int:
+def launch(arguments: list[str], nproc: int, max_restarts: int = 0) -> int:
     """Run ``nemo-bluelm ARGUMENTS`` as ``nproc`` ranks and return the exit code of the whole.
 
     SIGINT and SIGTERM are passed on to the ranks; a rank that fails ends the others. The code is 2 for a user's
@@ -26,7 +27,19 @@ def launch(arguments: list[str], nproc: int) -> int:
     Args:
         arguments: the command line of every rank, without ``--nproc``.
         nproc: number of processes.
+        max_restarts: how often all ranks are started again where one crashed or was killed; a user's mistake and a
+            signal to this process end the whole at once.
     """
+    for restart in range(max_restarts + 1):
+        code, crashed = _launch(arguments, nproc)
+        if not crashed or restart == max_restarts:
+            return code
+        print(f"started again, restart {restart + 1} of {max_restarts}", file=sys.stderr, flush=True)
+    raise AssertionError
+
+
+def _launch(arguments: list[str], nproc: int) -> tuple[int, bool]:
+    """The exit code, and whether a rank crashed or was killed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -34,8 +47,10 @@ def launch(arguments: list[str], nproc: int) -> int:
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    # The agent gives ranks 30 s to end after a signal; they may have a checkpoint to write.
+    # The agent gives ranks 30 s to end, whatever ends them; how to say another time differs between versions.
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_SECONDS)
     LocalElasticAgent._shutdown.__defaults__ = (signal.SIGTERM, SHUTDOWN_SECONDS)
+    LocalElasticAgent._stop_workers = lambda agent, group: agent._shutdown(signal.SIGTERM, FAILURE_SECONDS)
     # It logs every signal and prints a report with a traceback for every failure; the lines below say it once.
     logging.disable(logging.CRITICAL)
 
@@ -63,16 +78,17 @@ def launch(arguments: list[str], nproc: int) -> int:
             command("-u", "-m", "nemo_bluelm.cli.main", *arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            return _explain(reports, rank, failure.exitcode)
+            code = _explain(reports, rank, failure.exitcode)
+            return code, code != UserError.EXIT_CODE
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             worker.print_error(f"ended by {signal.Signals(error.sigval).name}")
-            return 128 + error.sigval
+            return 128 + error.sigval, False
         finally:
             os.environ.clear()
             os.environ.update(ours)
-    return 0
+    return 0, False
 
 
 def _explain(reports: Path, rank: int, code: int) -> int:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nemo_bluelm.cli.arguments import add_recipe_arguments, positive
+from nemo_bluelm.cli.arguments import add_recipe_arguments, not_negative, positive
 from nemo_bluelm.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,6 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument(
         "--nproc", type=positive, default=1, metavar="N", help="processes on this machine, one per GPU or CPU share (1)"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=not_negative,
+        default=0,
+        metavar="K",
+        help="start the processes again up to K times where one crashed or was killed (0)",
     )
 
 
@@ -32,11 +39,12 @@ def run(args: argparse.Namespace) -> int:
     from nemo_bluelm.runtime.environment import Launch
 
     is_rank = "RANK" in os.environ
-    if is_rank and args.nproc > 1:
-        raise UserError(
-            f"--nproc {args.nproc}: this process already is rank {os.environ['RANK']} of a launcher's job; "
-            "leave --nproc out"
-        )
+    for flag, value, default in (("--nproc", args.nproc, 1), ("--max-restarts", args.max_restarts, 0)):
+        if is_rank and value > default:
+            raise UserError(
+                f"{flag} {value}: this process already is rank {os.environ['RANK']} of a launcher's job; "
+                f"leave {flag} out"
+            )
     if is_pipeline(args.recipe):
         if is_rank:
             raise UserError(
@@ -45,14 +53,14 @@ def run(args: argparse.Namespace) -> int:
             )
         from nemo_bluelm.train.chain import run_pipeline
 
-        return run_pipeline(load_pipeline(args.recipe, args.overrides), args.nproc)
+        return run_pipeline(load_pipeline(args.recipe, args.overrides), args.nproc, args.max_restarts)
     recipe = load_recipe(args.recipe, args.overrides)
     check_recipe(recipe, world_size=Launch.from_environment().world_size if is_rank else args.nproc)
     check_machine(recipe)
-    if args.nproc > 1:
+    if args.nproc > 1 or args.max_restarts:
         from nemo_bluelm.cli.local_launch import launch
 
-        return launch(["train", args.recipe, *args.overrides], args.nproc)
+        return launch(["train", args.recipe, *args.overrides], args.nproc, args.max_restarts)
     from nemo_bluelm.train.run import train
 
     return train(recipe, _job_of(recipe))

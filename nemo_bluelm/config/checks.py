@@ -168,6 +168,10 @@ _LIMITS = {
     "train.lora.dropout": (0, True),
     "train.save_every": (1, True),
     "train.log_every": (1, True),
+    "train.keep_every": (0, True),
+    "train.skip_bad_steps": (0, True),
+    "train.spike_factor": (0, True),
+    "train.hang_timeout": (0, True),
     "seed": (0, True),
 }
 
@@ -190,6 +194,11 @@ def _ranges(recipe: Recipe) -> Iterator[str]:
     keep = recipe.train.keep_checkpoints
     if keep == 0 or keep < -1:
         yield f"train.keep_checkpoints is {keep}; it must be 1 or more, or -1 to keep all"
+    spike = recipe.train.spike_factor
+    if spike and spike <= 1:
+        yield f"train.spike_factor is {spike}; it must be above 1, or 0 for none"
+    if spike and not recipe.train.skip_bad_steps:
+        yield f"train.spike_factor is {spike}, but train.skip_bad_steps is 0: no step is skipped; set it to 1 or more"
 
 
 def _names(recipe: Recipe) -> Iterator[str]:

@@ -330,6 +330,12 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     save_every: int = 1000  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # newest checkpoints kept; -1 keeps all
+    keep_every: int = 0  # those of every so many steps are kept for good, too; 0: none
+    skip_bad_steps: int = 0  # in a row, whose update is left out as loss or gradient is NaN, infinite or a spike
+    spike_factor: float = 0.0  # a loss or gradient norm above this many times the median of 100 is a spike; 0: none is
+    hang_timeout: float = (
+        3600.0  # seconds without the end of a step after which a rank dumps its stacks and ends; 0: never
+    )
     log_every: int = 10  # steps between progress lines on a non-terminal
 
 

@@ -1,69 +1,125 @@
-"""How a run saves its checkpoints: published by rename, so that one that can be seen is whole."""
+"""How a run saves its checkpoints: beside the training, published by rename, so that one that can be seen is whole."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 from typing import Optional
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_bluelm.runtime.checksums import checksums, files_in, write_checksums
+from nemo_bluelm.runtime.later import Later, to_device
 from nemo_bluelm.runtime.run_dir import checkpoint_path, published, step_of
+from nemo_bluelm.runtime.saving import HostCopy, Writing
+
+_UNPUBLISHED = (".step_*.partial", ".step_*.deleting")  # what a killed run may leave
 
 
 class Checkpoints(Callback):
     """Saves every ``save_every`` steps and at the end, publishes by rename, keeps the newest ``keep``.
 
+    A checkpoint is copied to the host and written by a thread while training goes on; it is published after the first
+    step that finds it written on all ranks, and before the next one is begun.
+
     Args:
         run_dir: the run's folder.
         files: small files that make a checkpoint complete (recipe, tokenizer), by the name they get in it.
-        keep: checkpoints to keep; -1 keeps all.
+        keep: newest checkpoints to keep; -1 keeps all.
+        keep_every: checkpoints of every so many steps are kept for good, too; 0 for none.
     """
 
-    def __init__(self, run_dir: Path, files: dict[str, bytes], save_every: int, keep: int):
-        self.run_dir, self.files, self.save_every, self.keep = run_dir, files, save_every, keep
-        self.last_saved: Optional[int] = None
+    def __init__(self, run_dir: Path, files: dict[str, bytes], save_every: int, keep: int, keep_every: int = 0):
+        self.run_dir, self.files = run_dir, files
+        self.save_every, self.keep, self.keep_every = save_every, keep, keep_every
         self.protected: set[int] = set()  # steps whose checkpoints are kept however old they are
+        self._copy = HostCopy()
+        self._step: Optional[int] = None  # of the last checkpoint that was begun
+        self._writing: Optional[Writing] = None
+        self._written: Optional[Later] = None  # whether it is, on all ranks
 
-    def on_train_batch_end(self, trainer: Trainer, *args) -> None:
+    def on_train_start(self, trainer: Trainer, *args) -> None:
+        if trainer.is_global_zero:
+            for pattern in _UNPUBLISHED:
+                for folder in (self.run_dir / "checkpoints").glob(pattern):
+                    shutil.rmtree(folder, ignore_errors=True)
+        torch.distributed.barrier()
+
+    def on_before_optimizer_step(self, *args) -> None:
+        self._copy.wait()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args) -> None:
+        if self._written is not None and self._written.get()[0]:
+            self._publish(trainer)
         if trainer.global_step % self.save_every == 0:
             self.save(trainer)
+        if self._writing is not None:
+            written = to_device([not self._writing.is_alive()], module.device)
+            torch.distributed.all_reduce(written, op=torch.distributed.ReduceOp.MIN)
+            self._written = Later(written)
 
     def on_train_end(self, trainer: Trainer, *args) -> None:
         self.save(trainer)
+        self._publish(trainer)
+
+    def on_exception(self, trainer: Trainer, *args) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.join()
+            # A part of a checkpoint is no use and may be what fills the disk.
+            shutil.rmtree(writing.folder, ignore_errors=True)
 
     def save(self, trainer: Trainer) -> None:
-        """Write the state after ``trainer.global_step`` steps unless that is done already; all ranks must call it."""
+        """Begin to write the state after ``trainer.global_step`` steps unless that is done already; for all ranks."""
         step = trainer.global_step
         final = checkpoint_path(self.run_dir, step)
-        if self.last_saved == step or final.exists():
+        if self._step == step or final.exists():
             return
+        self._publish(trainer)
         partial = final.with_name(f".{final.name}.partial")
-        try:
-            if trainer.is_global_zero:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            torch.distributed.barrier()
+        partial.mkdir(parents=True, exist_ok=True)  # by each rank, whoever comes first
+        with _cleared_on_error(partial):
             trainer.save_checkpoint(partial)
-            torch.distributed.barrier()
+            self._writing = Writing(trainer.strategy.take_request(), self._copy, partial)
+        self._step = step
+
+    def _publish(self, trainer: Trainer) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and give it its name; for all ranks."""
+        if self._writing is None:
+            return
+        writing, self._writing, self._written = self._writing, None, None
+        partial = writing.folder
+        with _cleared_on_error(partial):
+            writing.finish()
+            found = [None] * torch.distributed.get_world_size() if trainer.is_global_zero else None
+            torch.distributed.gather_object(writing.checksums, found)
             if trainer.is_global_zero:
+                known = {name: entry for of_rank in found for name, entry in of_rank.items()}
                 for name, content in self.files.items():
                     (partial / name).write_bytes(content)
-                os.replace(partial, final)
+                others = [file for file in files_in(partial) if str(file.relative_to(partial)) not in known]
+                write_checksums(partial, known | checksums(partial, others))
+                os.replace(partial, partial.with_name(partial.name[1 : -len(".partial")]))
                 self._prune()
-        except BaseException:
-            shutil.rmtree(
-                partial, ignore_errors=True
-            )  # a part of a checkpoint is no use and may be what fills the disk
-            raise
         torch.distributed.barrier()
-        self.last_saved = step
 
     def _prune(self) -> None:
-        if self.keep > 0:
-            for old in published(self.run_dir)[: -self.keep]:
-                if step_of(old) in self.protected:
-                    continue
-                doomed = old.with_name(f".{old.name}.deleting")
-                os.replace(old, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+        if self.keep <= 0:
+            return
+        for old in published(self.run_dir)[: -self.keep]:
+            step = step_of(old)
+            if step in self.protected or (self.keep_every and step % self.keep_every == 0):
+                continue
+            doomed = old.with_name(f".{old.name}.deleting")
+            os.replace(old, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _cleared_on_error(folder: Path):
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

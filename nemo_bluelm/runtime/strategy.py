@@ -9,8 +9,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
+from torch import Tensor
 
 from nemo_bluelm.config.schema import Dtype, Recipe
 from nemo_bluelm.model.config import TORCH_DTYPE
@@ -31,22 +33,38 @@ class Strategy(nl.MegatronStrategy):
     """
 
     origins: Sequence[Origin] = ()
+    _request: Optional[AsyncRequest] = None
 
     def optimizer_step(self, optimizer, closure, model=None, **kwargs) -> Any:
         """One optimizer step; ``grad_norm`` is its gradient norm before clipping, fp64 [], the same on all ranks."""
-        loss, self.grad_norm, _ = super(nl.MegatronStrategy, self).optimizer_step(optimizer, closure, model, **kwargs)
+
+        def closure_with_loss() -> Tensor:
+            optimizer.mcore_optimizer.loss = loss = closure()
+            return loss
+
+        loss, self.grad_norm, _ = super(nl.MegatronStrategy, self).optimizer_step(
+            optimizer, closure_with_loss, model, **kwargs
+        )
         return loss
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath, storage_options: Optional[Any] = None) -> None:
+        """Plan what each rank writes; :meth:`take_request` gives the writing."""
+        ddp = self.ddp_config
+        if ddp.use_distributed_optimizer and ddp.overlap_param_gather:
+            self.megatron_parallel.force_param_sync()  # the next step's forward pass would gather them
         checkpoint["state_dict"] = OrderedDict()
         checkpoint["sharded_state_dict"] = self.megatron_parallel.sharded_state_dict()
         if "optimizer_states" in checkpoint and self.trainer.state.fn == TrainerFn.FITTING:
             checkpoint["optimizer_states"] = {}
             checkpoint["optimizer"] = [self.optimizer_sharded_state_dict()]
-        if not self.async_save:
-            without_manager()
+        without_manager()
         options = {"content_metadata": self.sharded_state_dict_metadata}
-        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=options)
+        self._request = self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=options)
+
+    def take_request(self) -> AsyncRequest:
+        """What is left to do to the checkpoint that was saved last: write and finish it."""
+        request, self._request = self._request, None
+        return request
 
     def load_checkpoint(self, checkpoint_path, selective_restore: bool = False) -> dict[str, Any]:
         with reading(checkpoint_path):
@@ -98,6 +116,8 @@ def build_strategy(recipe: Recipe, origins: Sequence[Origin] = ()) -> Strategy:
         restore_config=restore,
     )
     strategy.origins = origins
+    # nemo_bluelm.runtime.saving writes. NeMo's switch for it would add its own writer, a forked process.
+    strategy.unwrapped_checkpoint_io.async_save = True
     return strategy
 
 

@@ -24,13 +24,14 @@ from nemo_bluelm.train.teachers import check_teacher
 PRUNING_PACKS = 32  # of calibration
 
 
-def run_pipeline(pipeline: Pipeline, nproc: int) -> int:
+def run_pipeline(pipeline: Pipeline, nproc: int, max_restarts: int = 0) -> int:
     """Check every stage, then run those that aren't finished, one after the other.
 
     Ended at any moment and called again, it ends as if it had not been: a stage goes on from its newest checkpoint.
 
     Args:
         nproc: processes of each training stage.
+        max_restarts: how often a training stage is started again where a process of it crashed or was killed.
 
     Returns:
         Exit code: that of the first stage that failed or was stopped (128 + n by signal n), else 0.
@@ -51,7 +52,7 @@ def run_pipeline(pipeline: Pipeline, nproc: int) -> int:
             print(f"{place}: complete in {stage.folder}", file=sys.stderr)
             continue
         print(f"{place}: {'pruning to the shape of ' if stage.teacher else ''}{stage.recipe}", file=sys.stderr)
-        command = [sys.executable, "-m", "nemo_bluelm.cli.main", *_arguments(stage, pipeline, nproc)]
+        command = [sys.executable, "-m", "nemo_bluelm.cli.main", *_arguments(stage, pipeline, nproc, max_restarts)]
         environment = {**os.environ, **python_environment(), **bound_to_this_process()}
         code = _run(command, environment)
         if code < 0:
@@ -120,13 +121,14 @@ def _check(stage: Stage, pipeline: Pipeline, recipes: dict[str, Recipe], done: d
     return False
 
 
-def _arguments(stage: Stage, pipeline: Pipeline, nproc: int) -> list[str]:
+def _arguments(stage: Stage, pipeline: Pipeline, nproc: int, max_restarts: int) -> list[str]:
     """The command line of a stage."""
     if stage.teacher:
         teacher = str(pipeline.stage(stage.teacher).folder)
         packs = str(PRUNING_PACKS)
         return ["prune", teacher, str(stage.folder), "--recipe", stage.recipe, *stage.overrides, "--packs", packs]
-    return ["train", stage.recipe, *stage.overrides, *(["--nproc", str(nproc)] if nproc > 1 else [])]
+    restarts = ["--max-restarts", str(max_restarts)] if max_restarts else []
+    return ["train", stage.recipe, *stage.overrides, *(["--nproc", str(nproc)] if nproc > 1 else []), *restarts]
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from nemo_bluelm.runtime.checkpoints import Checkpoints
-from nemo_bluelm.train.later import Later, to_device
+from nemo_bluelm.runtime.later import Later, to_device
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -5,7 +5,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nemo_bluelm.atomic import write_atomically
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.model.flops import peak_flops
+from nemo_bluelm.runtime.later import Later, Stamp, to_device
 from nemo_bluelm.runtime.run_dir import METRICS_FILE, read_metrics
-from nemo_bluelm.train.later import Later, Stamp, to_device
 
 
 @dataclass
@@ -38,12 +38,12 @@ class Metrics(Callback):
     bad_samples of every step.
 
     A step is reported at the end of the next one, so that the host needn't wait for the GPU; the last one at the end,
-    and every one before its checkpoint is written.
+    and every one before its checkpoint is published.
 
     - ``loss`` is the mean over all target tokens of the global batch; ``tokens`` counts real tokens, not padding.
     - ``tokens_by_source`` has those of all steps of the run so far, as {name in data.sources: tokens}.
     - ``lr`` is the schedule's, before what ``optim.parts`` and ``optim.vision_layer_decay`` make of it.
-    - ``seconds`` is the time from the end of the step before, on the GPU's clock; saving a checkpoint isn't counted.
+    - ``seconds`` is the time from the end of the step before, on the GPU's clock, with what a checkpoint holds it up.
     - ``tflops`` is model FLOPs (``nemo_bluelm.model.flops``) a second and GPU, in 10^12; ``mfu`` the share that is of
       the device's dense BF16 peak, null where that is not known.
     - a run that distills adds ``cross_entropy`` and ``divergence``, of which its loss is made.
@@ -52,13 +52,16 @@ class Metrics(Callback):
     Rank 0 writes. A resumed run drops the lines after its checkpoint, so that the file reads like one uninterrupted
     run.
 
+    Args:
+        ends_on_nan: whether a loss or gradient norm that is NaN or infinite is an error; else it is null in the file.
+
     Raises:
-        UserError: loss or gradient norm is NaN or infinite; on all ranks, and before the step is saved.
+        UserError: it is; on all ranks, and before the step's checkpoint is published.
     """
 
-    def __init__(self, run_dir: Path, name: str, steps: int, log_every: int):
+    def __init__(self, run_dir: Path, name: str, steps: int, log_every: int, ends_on_nan: bool = True):
         self.run_dir, self.path = run_dir, run_dir / METRICS_FILE
-        self.name, self.steps, self.log_every = name, steps, log_every
+        self.name, self.steps, self.log_every, self.ends_on_nan = name, steps, log_every, ends_on_nan
         self._mark: Optional[Stamp] = None  # end of the step before
         self._step: Optional[_Step] = None
 
@@ -113,11 +116,6 @@ class Metrics(Callback):
         self._settle(trainer)
         self._step = step
 
-    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lightning calls it before it writes anything, on all ranks."""
-        self._settle(trainer)
-        self._mark = None
-
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._settle(trainer)
 
@@ -128,7 +126,7 @@ class Metrics(Callback):
             return
         loss, grad_norm, tokens, bad_samples, flops = step.sums.get()
         for what, value in (("loss", loss), ("gradient", grad_norm)):
-            if not math.isfinite(value):
+            if self.ends_on_nan and not math.isfinite(value):
                 raise UserError(
                     f"the {what} of the run in {self.run_dir} became NaN or infinite in step {step.number}; lower "
                     "optim.lr, or set optim.clip_grad or optim.warmup_steps, in a new run_dir"
@@ -153,7 +151,10 @@ class Metrics(Callback):
         )
 
     def _report(self, **row) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        numbers = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        self.file.write(json.dumps(numbers) + "\n")
         report = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
         if row["mfu"] is not None:
             report += f"  {row['tflops']:.0f} TFLOP/s  {row['mfu']:.1%} MFU"

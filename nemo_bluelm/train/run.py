@@ -1,9 +1,10 @@
 """Train one recipe: the entry point of every rank."""
 
+import contextlib
 import fcntl
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -13,14 +14,10 @@ from nemo_bluelm.config.compose import to_yaml
 from nemo_bluelm.config.schema import DecodeDevice, Dtype, Recipe
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.environment import Launch, prepare, quiet
-from nemo_bluelm.runtime.run_dir import (
-    LOCK_FILE,
-    RECIPE_FILE,
-    TOKENIZER_FILE,
-    newest,
-    step_of,
-)
+from nemo_bluelm.runtime.recovery import Ranks, check_whole, newest_whole, published_steps
+from nemo_bluelm.runtime.run_dir import LOCK_FILE, RECIPE_FILE, TOKENIZER_FILE, checkpoint_path, step_of
 from nemo_bluelm.train.continuity import check_frozen, check_init, check_resume, find_origins, resume_notices
+from nemo_bluelm.train.events import note, write_environment
 from nemo_bluelm.train.guards import positions_notice
 from nemo_bluelm.train.job import Job, NextToken
 
@@ -42,14 +39,20 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
     check_recipe(recipe, launch.world_size)
     check_machine(recipe)
     run_dir = Path(recipe.run_dir).absolute()
-    resume_from = newest(run_dir)
-    if resume_from is not None:
-        check_resume(recipe, resume_from)
-        if step_of(resume_from) >= recipe.train.steps:
+    ranks = Ranks(launch)
+    steps = published_steps(run_dir, ranks)
+    if steps:
+        newest = checkpoint_path(run_dir, steps[-1])
+        check_resume(recipe, newest)
+        if steps[-1] >= recipe.train.steps:
             if rank == 0:
-                print(f"{recipe.name} is complete: {resume_from} holds its last step")
+                print(f"{recipe.name} is complete: {newest} holds its last step")
             return 0
-    origins = find_origins(recipe) if resume_from is None else []
+    lock = _lock(run_dir) if steps and rank == 0 else None
+    resume_from = newest_whole(run_dir, steps, ranks) if steps else None
+    origins = [] if resume_from else find_origins(recipe)
+    for origin in origins:
+        check_whole(origin, ranks)
 
     quiet()
     if recipe.data.decode.device == DecodeDevice.gpu:
@@ -64,7 +67,12 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
     notices = [*(positions_notice(recipe, origin) for origin in origins), *job.notices()]
     notices += resume_notices(recipe, resume_from) if resume_from else []
     recipe_yaml = to_yaml(recipe).encode()
-    lock = _open_run_dir(run_dir, recipe_yaml) if rank == 0 else None
+    if rank == 0:
+        lock = lock or _lock(run_dir)
+        with _writable(run_dir):
+            write_atomically(run_dir / RECIPE_FILE, recipe_yaml)
+            write_environment(run_dir, launch)
+            note(run_dir, "start", step_of(resume_from) if resume_from else 0, f"{launch.world_size} ranks")
     for notice in notices if rank == 0 else ():
         if notice:
             print(f"{recipe.name}  {notice}", file=sys.stderr)
@@ -72,16 +80,23 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
     prepare()
     from nemo_bluelm.runtime.checkpoints import Checkpoints
     from nemo_bluelm.runtime.storage import writing
+    from nemo_bluelm.train.bad_steps import BadSteps
     from nemo_bluelm.train.interrupt import StopOnSignal
     from nemo_bluelm.train.metrics import Metrics
+    from nemo_bluelm.train.watchdog import Watchdog
 
+    options = recipe.train
     files = {RECIPE_FILE: recipe_yaml, TOKENIZER_FILE: job.tokenizer.content}
-    checkpoints = Checkpoints(run_dir, files, recipe.train.save_every, recipe.train.keep_checkpoints)
+    checkpoints = Checkpoints(run_dir, files, options.save_every, options.keep_checkpoints, options.keep_every)
     stop = StopOnSignal(checkpoints)
-    metrics = Metrics(run_dir, recipe.name, recipe.train.steps, recipe.train.log_every)
+    metrics = Metrics(run_dir, recipe.name, options.steps, options.log_every, ends_on_nan=not options.skip_bad_steps)
+    guards = (
+        [BadSteps(run_dir, recipe.name, options.skip_bad_steps, options.spike_factor)] if options.skip_bad_steps else []
+    )
+    guards += [Watchdog(run_dir, recipe.name, options.hang_timeout)] if options.hang_timeout else []
     try:
         with writing(run_dir):
-            steps = fit(job, [metrics, *job.callbacks(checkpoints), checkpoints, stop], origins, resume_from)
+            steps = fit(job, [metrics, *job.callbacks(checkpoints), checkpoints, stop, *guards], origins, resume_from)
     finally:
         job.close()
     if lock is not None:
@@ -146,16 +161,24 @@ def fit(job: Job, callbacks: list, origins=(), resume_from=None) -> int:
             torch.distributed.destroy_process_group()
 
 
-def _open_run_dir(run_dir: Path, recipe_yaml: bytes) -> IO[bytes]:
-    """Make the folder, write the resolved recipe, and hold its lock as long as the returned file is open."""
-    try:
+def _lock(run_dir: Path) -> IO[bytes]:
+    """Make the folder and hold its lock as long as the returned file is open."""
+    with _writable(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / LOCK_FILE).open("wb")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        write_atomically(run_dir / RECIPE_FILE, recipe_yaml)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run_dir {run_dir} is in use by another run; wait for it, or choose another run_dir"
+            ) from None
         return lock
-    except BlockingIOError:
-        raise UserError(f"run_dir {run_dir} is in use by another run; wait for it, or choose another run_dir") from None
+
+
+@contextlib.contextmanager
+def _writable(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"run_dir {run_dir} can't be written: {error.strerror}; set run_dir to a writable folder"

@@ -1,5 +1,6 @@
 """Damaged checkpoints and full disks, through the command line: one line, and nothing half-written."""
 
+import json
 import shutil
 import subprocess
 
@@ -30,19 +31,50 @@ def four_steps(corpus, forks, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_the_way_out(damage, four_steps, corpus, forks, tmp_path):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(damage, four_steps, corpus, forks, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(four_steps, run_dir)
     newest = run_dir / "checkpoints" / "step_00000004"
     DAMAGE[damage](newest)
-    code, output = forks.start(*command(corpus, run_dir, 5)).finish(timeout=120)
-    assert code == 2
-    notice, error = output.splitlines()
+    output = forks.run(*command(corpus, run_dir, 5))
+    told, notice, *_ = output.splitlines()
+    assert told.startswith(f"checkpoint {newest} is damaged: weights/"), output
+    assert told.endswith("; it is step_00000004.damaged now, and the run goes on from step_00000002"), output
     assert "train.steps is 5, but was 4" in notice, output
-    assert error.startswith("nemo-bluelm: error:") and str(newest) in error and "is damaged" in error, output
-    if damage == "weights cut":
-        shutil.rmtree(newest)
-        forks.run(*command(corpus, run_dir, 5))
+    left = {folder.name for folder in newest.parent.iterdir()}
+    assert left == {"step_00000004", "step_00000004.damaged", "step_00000005"}
+    starts = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [(row["event"], row["step"]) for row in starts] == [("start", 0), ("start", 2)]
+
+
+@pytest.mark.slow
+def test_where_no_checkpoint_is_whole_nothing_is_moved(four_steps, corpus, forks, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(four_steps, run_dir)
+    steps = [run_dir / "checkpoints" / f"step_0000000{step}" for step in (2, 4)]
+    for step in steps:
+        DAMAGE["weights cut"](step)
+    code, output = forks.start(*command(corpus, run_dir, 5)).finish(timeout=120)
+    assert code == 2 and output.count("\n") == 1
+    assert f"checkpoint {steps[1]} is damaged: weights/__0_0.distcp has 2 bytes" in output
+    assert "none before it is whole" in output and f"remove {steps[0].parent} to begin anew" in output
+    assert all(step.is_dir() for step in steps)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_of_another_run_is_no_start(four_steps, corpus, forks, tmp_path):
+    shutil.copytree(four_steps, tmp_path / "first")
+    newest = tmp_path / "first" / "checkpoints" / "step_00000004"
+    DAMAGE["state overwritten"](newest)
+    fork = forks.start(*command(corpus, tmp_path / "second", 5), f"init_from={tmp_path / 'first'}")
+    code, output = fork.finish(timeout=120)
+    assert code == 2 and output.count("\n") == 1
+    assert f"init_from: checkpoint {newest} is damaged: weights/common.pt has 1 bytes" in output
+
+    (newest / "checksums.json").unlink()  # as one that an earlier version wrote: it is seen when it is read
+    DAMAGE["weights cut"](newest)
+    code, output = forks.start(*command(corpus, tmp_path / "third", 5), f"init_from={tmp_path / 'first'}").finish(120)
+    assert code == 2 and f"checkpoint {newest} is damaged (" in output.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -40,8 +40,8 @@ def world(monkeypatch):
 class Run:
     """Drives the callback as Lightning does."""
 
-    def __init__(self, run_dir, steps=10, step=0):
-        self.metrics = Metrics(run_dir, "probe", steps, log_every=1)
+    def __init__(self, run_dir, steps=10, step=0, **options):
+        self.metrics = Metrics(run_dir, "probe", steps, log_every=1, **options)
         others = {"divergence": torch.tensor(0.5)}
         self.module = SimpleNamespace(device=torch.device("cpu"), other_losses=lambda: others)
         self.trainer = SimpleNamespace(
@@ -64,9 +64,6 @@ class Run:
         self.trainer.global_step += 1
         Clock.now += seconds
         self.metrics.on_train_batch_end(self.trainer, self.module, {"loss": torch.tensor(loss)}, None, 0)
-
-    def save(self):
-        self.metrics.on_save_checkpoint(self.trainer, self.module, {})
 
     def end(self):
         self.metrics.on_train_end(self.trainer, self.module)
@@ -118,22 +115,25 @@ def test_utilisation_where_the_peak_is_known(world, tmp_path, capfd):
     assert "2 TFLOP/s  25.0% MFU" in capfd.readouterr().err
 
 
-def test_the_step_of_a_checkpoint_is_reported_before_it_and_saving_is_not_timed(world, tmp_path):
+def test_what_comes_between_two_steps_is_timed(world, tmp_path):
     run = Run(tmp_path)
     run.step()
-    run.save()
-    assert [row["step"] for row in run.rows()] == [1]
-    Clock.now += 60  # the checkpoint is written
-    run.step()
-    Clock.now += 0.5  # between two steps, by the loader or another callback: that is training time
+    Clock.now += 0.5  # a checkpoint, the loader or another callback
     run.step()
     run.end()
-    assert [row["seconds"] for row in run.rows()] == [1.0, 1.0, 1.5]
+    assert [row["seconds"] for row in run.rows()] == [1.0, 1.5]
+
+
+def test_a_value_that_is_no_number_is_null_where_steps_may_be_left_out(world, tmp_path):
+    run = Run(tmp_path, ends_on_nan=False)
+    run.step(loss=float("nan"))
+    run.end()
+    assert run.rows()[0]["loss"] is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("at", ["step", "save", "end"])
+@pytest.mark.parametrize("at", ["step", "end"])
 def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(value, what, at, world, tmp_path):
     run = Run(tmp_path)
     run.step()
