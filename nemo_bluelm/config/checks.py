@@ -63,6 +63,7 @@ def check_machine(recipe: Recipe) -> None:
         "parallel.distributed_optimizer is true": (parallel.distributed_optimizer, "false"),
         "data.decode.device is gpu": (recipe.data.decode.device == DecodeDevice.gpu, "cpu"),
         "train.cuda_graphs is true": (recipe.train.cuda_graphs, "false"),
+        f"train.straggler_report is {recipe.train.straggler_report:g}": (bool(recipe.train.straggler_report), "0"),
         "parallel.context_comm is p2p": (ring, "all_gather"),
         f"precision.fp8.recipe is {fp8 and fp8.value}": (fp8 is not None, "null"),
     }
@@ -172,6 +173,7 @@ _LIMITS = {
     "train.skip_bad_steps": (0, True),
     "train.spike_factor": (0, True),
     "train.hang_timeout": (0, True),
+    "train.straggler_report": (0, True),
     "seed": (0, True),
 }
 

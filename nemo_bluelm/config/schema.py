@@ -336,6 +336,7 @@ class TrainConfig:
     hang_timeout: float = (
         3600.0  # seconds without the end of a step after which a rank dumps its stacks and ends; 0: never
     )
+    straggler_report: float = 0.0  # seconds between looks for slow GPUs, by nvidia-resiliency-ext; 0: none
     log_every: int = 10  # steps between progress lines on a non-terminal
 
 

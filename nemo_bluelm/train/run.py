@@ -80,20 +80,15 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
     prepare()
     from nemo_bluelm.runtime.checkpoints import Checkpoints
     from nemo_bluelm.runtime.storage import writing
-    from nemo_bluelm.train.bad_steps import BadSteps
     from nemo_bluelm.train.interrupt import StopOnSignal
     from nemo_bluelm.train.metrics import Metrics
-    from nemo_bluelm.train.watchdog import Watchdog
 
     options = recipe.train
     files = {RECIPE_FILE: recipe_yaml, TOKENIZER_FILE: job.tokenizer.content}
     checkpoints = Checkpoints(run_dir, files, options.save_every, options.keep_checkpoints, options.keep_every)
     stop = StopOnSignal(checkpoints)
     metrics = Metrics(run_dir, recipe.name, options.steps, options.log_every, ends_on_nan=not options.skip_bad_steps)
-    guards = (
-        [BadSteps(run_dir, recipe.name, options.skip_bad_steps, options.spike_factor)] if options.skip_bad_steps else []
-    )
-    guards += [Watchdog(run_dir, recipe.name, options.hang_timeout)] if options.hang_timeout else []
+    guards = _guards(recipe, run_dir)
     try:
         with writing(run_dir):
             steps = fit(job, [metrics, *job.callbacks(checkpoints), checkpoints, stop, *guards], origins, resume_from)
@@ -159,6 +154,21 @@ def fit(job: Job, callbacks: list, origins=(), resume_from=None) -> int:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _guards(recipe: Recipe, run_dir: Path) -> list:
+    """Callbacks for what may go wrong with steps, ranks and GPUs."""
+    from nemo_bluelm.train.bad_steps import BadSteps
+    from nemo_bluelm.train.resiliency import resiliency_callbacks
+    from nemo_bluelm.train.watchdog import Watchdog
+
+    name, options = recipe.name, recipe.train
+    guards = resiliency_callbacks(run_dir, options.straggler_report)
+    if options.skip_bad_steps:
+        guards.append(BadSteps(run_dir, name, options.skip_bad_steps, options.spike_factor))
+    if options.hang_timeout:
+        guards.append(Watchdog(run_dir, name, options.hang_timeout))
+    return guards
 
 
 def _lock(run_dir: Path) -> IO[bytes]:

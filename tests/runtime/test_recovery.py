@@ -103,7 +103,7 @@ def test_ranks_agree_on_what_one_of_them_found(tmp_path, monkeypatch):
 
 def test_one_set_aside_before_is_kept(tmp_path):
     make(tmp_path, 2)
-    for number in (1, 2):
+    for _ in range(2):
         newest = make(tmp_path, 4)
         shutil.rmtree(newest / "weights")
         newest_whole(tmp_path, [2, 4], Ranks(Launch()))
