@@ -100,11 +100,11 @@ def critic(lessons, pupil, forks, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def learn(lessons, pupil, forks, tmp_path):  # noqa: F811
-    """Trains from a seed and returns what was right of the replies to held-out prompts, before and after."""
+    """Trains from every seed, side by side; what was right of the replies to held-out prompts, before and after."""
 
-    def run(seed, *overrides):
-        run_dir = tmp_path / str(seed)
-        settings = [f"data.root={lessons}", f"init_from={pupil}", f"run_dir={run_dir}", f"seed={seed}", *PLAIN]
+    def run(*overrides):
+        folders = [tmp_path / str(seed) for seed in SEEDS]
+        settings = [f"data.root={lessons}", f"init_from={pupil}", *PLAIN]
         sums = [
             *("data.sources.digits.shards=[asked/sums.tar]", "data.sources.digits.weight=0.75"),
             "grpo.validation.sources.digits=[asked/sums-test.tar]",
@@ -114,9 +114,15 @@ def learn(lessons, pupil, forks, tmp_path):  # noqa: F811
             *("grpo.validation.greedy=false", "grpo.validation.num_generations=4"),
             *("grpo.validation.period=40", "grpo.validation.max_samples=400"),
         ]
-        forks.run(*TRAIN, "tiny/grpo", *settings, *sums, *keys, *overrides)
-        before, after = (json.loads(line) for line in (run_dir / "validation.jsonl").read_text().splitlines())
-        return before, after
+        runs = [
+            forks.start(*TRAIN, "tiny/grpo", f"run_dir={folder}", f"seed={seed}", *settings, *sums, *keys, *overrides)
+            for seed, folder in zip(SEEDS, folders)
+        ]
+        for fork in runs:
+            code, output = fork.finish(timeout=480)
+            assert code == 0, output[-3000:]
+        rows = [(folder / "validation.jsonl").read_text().splitlines() for folder in folders]
+        return [(json.loads(before), json.loads(after)) for before, after in rows]
 
     return run
 
@@ -128,7 +134,7 @@ def told(gains):
 @pytest.mark.long
 def test_sums_of_digits_in_images_are_learnt(learn):
     alone = ["~data.sources.problems", "~environments.problems", "~grpo.validation.sources.problems"]
-    found = [learn(seed, *alone, "grpo.generation.max_new_tokens=8") for seed in SEEDS]
+    found = learn(*alone, "grpo.generation.max_new_tokens=8")
     pairs = [(before["val/accuracy"], after["val/accuracy"]) for before, after in found]
     gains = [after - before for before, after in pairs]
     print(f"sums: {pairs}, {told(gains)}")
@@ -145,7 +151,7 @@ def test_a_rule_and_a_reward_model_are_obeyed_together(learn, critic):
         *("environments.problems.num_workers=1", "environments.problems.timeout=120"),
         "grpo.generation.max_new_tokens=12",
     ]
-    found = [learn(seed, *judged) for seed in SEEDS]
+    found = learn(*judged)
     for task in ("digits", "problems"):
         pairs = [tuple(row[f"val/{task}/accuracy"] for row in rows) for rows in found]
         gains = [after - before for before, after in pairs]
