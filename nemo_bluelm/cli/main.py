@@ -18,6 +18,7 @@ from nemo_bluelm.runtime.parent import follow_parent
 # Command -> what --help says about it. The command's module is nemo_bluelm.cli.<name>_command, with _ for -.
 COMMANDS = {
     "train": "train a recipe, on this machine or as one rank of a launcher's job",
+    "launch": "run a recipe, pipeline or ablation on a Slurm cluster; status, logs and cancel look after it",
     "ablate": "train the variants of an ablation, measure each, write a table and a plot",
     "prune": "cut a checkpoint's language model to a narrower recipe's shape",
     "merge": "write a checkpoint with LoRA's adapters merged into its weights",

@@ -12,6 +12,7 @@ CHECKPOINT_PREFIX = "step_"
 WEIGHTS_DIR = "weights"  # NeMo's name
 RECIPE_FILE, TOKENIZER_FILE = "recipe.yaml", "tokenizer.json"  # beside the weights in every checkpoint
 METRICS_FILE = "metrics.jsonl"
+COMPLETE_FILE = "complete"  # there once the last step's checkpoint is; holds the step
 LOCK_FILE = ".lock"  # held by the run that writes into the folder
 
 

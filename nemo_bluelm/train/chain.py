@@ -39,20 +39,17 @@ def run_pipeline(pipeline: Pipeline, nproc: int, max_restarts: int = 0) -> int:
     Raises:
         UserError: a mistake in the recipe, the data or the run folder of any stage.
     """
-    recipes = {stage.name: load_stage(stage) for stage in pipeline.stages}
-    done = {}
-    for stage in pipeline.stages:
-        try:
-            done[stage.name] = _check(stage, pipeline, recipes, done, nproc)
-        except UserError as error:
-            raise UserError(f"stage {stage.name}: {error}") from error
+    done = check_stages(pipeline, dict.fromkeys((stage.name for stage in pipeline.stages), nproc))
     for number, stage in enumerate(pipeline.stages, 1):
         place = f"{pipeline.name}  stage {number} of {len(pipeline.stages)}, {stage.name}"
         if done[stage.name]:
             print(f"{place}: complete in {stage.folder}", file=sys.stderr)
             continue
         print(f"{place}: {'pruning to the shape of ' if stage.teacher else ''}{stage.recipe}", file=sys.stderr)
-        command = [sys.executable, "-m", "nemo_bluelm.cli.main", *_arguments(stage, pipeline, nproc, max_restarts)]
+        ranks = ["--nproc", str(nproc)] if nproc > 1 else []
+        restarts = ["--max-restarts", str(max_restarts)] if max_restarts else []
+        words = arguments(stage, pipeline) + ([] if stage.teacher else ranks + restarts)
+        command = [sys.executable, "-m", "nemo_bluelm.cli.main", *words]
         environment = {**os.environ, **python_environment(), **bound_to_this_process()}
         code = _run(command, environment)
         if code < 0:
@@ -62,6 +59,29 @@ def run_pipeline(pipeline: Pipeline, nproc: int, max_restarts: int = 0) -> int:
         if code:
             return code
     return 0
+
+
+def check_stages(pipeline: Pipeline, world_sizes: dict[str, int], here: bool = True) -> dict[str, bool]:
+    """Check every stage before the first is run.
+
+    Args:
+        world_sizes: ranks of each stage, by its name.
+        here: they run on this machine, which must have what they need.
+
+    Returns:
+        Whether each stage is finished, by its name.
+
+    Raises:
+        UserError: what is wrong with a stage, which is named.
+    """
+    recipes = {stage.name: load_stage(stage) for stage in pipeline.stages}
+    done: dict[str, bool] = {}
+    for stage in pipeline.stages:
+        try:
+            done[stage.name] = _check(stage, pipeline, recipes, done, world_sizes[stage.name], here)
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {error}") from error
+    return done
 
 
 def load_stage(stage: Stage) -> Recipe:
@@ -79,15 +99,22 @@ def load_stage(stage: Stage) -> Recipe:
         raise UserError(f"stage {stage.name}: {error}") from error
 
 
-def _check(stage: Stage, pipeline: Pipeline, recipes: dict[str, Recipe], done: dict[str, bool], nproc: int) -> bool:
+def _check(
+    stage: Stage,
+    pipeline: Pipeline,
+    recipes: dict[str, Recipe],
+    done: dict[str, bool],
+    world_size: int,
+    here: bool,
+) -> bool:
     """Whether the stage is finished; ``done`` says it of the earlier ones.
 
     Raises:
         UserError: what is wrong with it.
     """
     recipe = recipes[stage.name]
-    check_recipe(recipe, world_size=None if stage.teacher else nproc)
-    if not stage.teacher:
+    check_recipe(recipe, world_size=None if stage.teacher else world_size)
+    if here and not stage.teacher:
         check_machine(recipe)
     begun = stage.folder.exists() if stage.teacher else newest(stage.folder) is not None
     if begun:
@@ -121,14 +148,13 @@ def _check(stage: Stage, pipeline: Pipeline, recipes: dict[str, Recipe], done: d
     return False
 
 
-def _arguments(stage: Stage, pipeline: Pipeline, nproc: int, max_restarts: int) -> list[str]:
-    """The command line of a stage."""
+def arguments(stage: Stage, pipeline: Pipeline) -> list[str]:
+    """The command line of a stage, behind ``nemo-bluelm``."""
     if stage.teacher:
         teacher = str(pipeline.stage(stage.teacher).folder)
         packs = str(PRUNING_PACKS)
         return ["prune", teacher, str(stage.folder), "--recipe", stage.recipe, *stage.overrides, "--packs", packs]
-    restarts = ["--max-restarts", str(max_restarts)] if max_restarts else []
-    return ["train", stage.recipe, *stage.overrides, *(["--nproc", str(nproc)] if nproc > 1 else []), *restarts]
+    return ["train", stage.recipe, *stage.overrides]
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after a step, with a checkpoint."""
+"""Signals, or a file that a launcher makes, end a run after a step, with a checkpoint."""
 
 import os
 import signal
@@ -11,7 +11,10 @@ from lightning.pytorch import Callback, Trainer
 from nemo_bluelm.runtime.checkpoints import Checkpoints
 from nemo_bluelm.runtime.later import Later, to_device
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Names a file; once it exists, the run ends as by SIGUSR1. A batch script can't signal the ranks alone: containers'
+# shells, data workers and srun itself would get it, too.
+STOP_FILE = "NEMO_BLUELM_STOP_FILE"
 
 
 class StopOnSignal(Callback):
@@ -31,6 +34,7 @@ class StopOnSignal(Callback):
         self._speaks = False
         self._answer: Optional[Later] = None
         self._previous = {}
+        self._stop_file = os.environ.get(STOP_FILE)
 
     def _note(self, number: int, frame) -> None:
         name = signal.Signals(number).name
@@ -52,6 +56,9 @@ class StopOnSignal(Callback):
         if self._agreed():
             self.checkpoints.save(trainer)
             trainer.should_stop = True
+        if self._stop_file and self._speaks and not self._noted and os.path.exists(self._stop_file):
+            self._noted = signal.SIGUSR1
+            self._say(f"{self._stop_file} is there: the run ends after this step, with a checkpoint")
         wanted = to_device([self._noted], module.device)
         torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
         self._answer = Later(wanted)

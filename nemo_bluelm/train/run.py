@@ -15,7 +15,7 @@ from nemo_bluelm.config.schema import DecodeDevice, Dtype, Recipe
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.environment import Launch, prepare, quiet
 from nemo_bluelm.runtime.recovery import Ranks, check_whole, newest_whole, published_steps
-from nemo_bluelm.runtime.run_dir import LOCK_FILE, RECIPE_FILE, TOKENIZER_FILE, checkpoint_path, step_of
+from nemo_bluelm.runtime.run_dir import COMPLETE_FILE, LOCK_FILE, RECIPE_FILE, TOKENIZER_FILE, checkpoint_path, step_of
 from nemo_bluelm.train.continuity import check_frozen, check_init, check_resume, find_origins, resume_notices
 from nemo_bluelm.train.events import note, write_environment
 from nemo_bluelm.train.guards import positions_notice
@@ -46,6 +46,7 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
         check_resume(recipe, newest)
         if steps[-1] >= recipe.train.steps:
             if rank == 0:
+                _mark_complete(run_dir, steps[-1])
                 print(f"{recipe.name} is complete: {newest} holds its last step")
             return 0
     lock = _lock(run_dir) if steps and rank == 0 else None
@@ -70,6 +71,7 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
     if rank == 0:
         lock = lock or _lock(run_dir)
         with _writable(run_dir):
+            (run_dir / COMPLETE_FILE).unlink(missing_ok=True)  # of fewer steps
             write_atomically(run_dir / RECIPE_FILE, recipe_yaml)
             write_environment(run_dir, launch)
             note(run_dir, "start", step_of(resume_from) if resume_from else 0, f"{launch.world_size} ranks")
@@ -105,6 +107,8 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
         return 128 + stop.received
     if steps < recipe.train.steps:
         raise UserError(job.ended_early(steps))
+    if rank == 0:
+        _mark_complete(run_dir, steps)
     return 0
 
 
@@ -169,6 +173,11 @@ def _guards(recipe: Recipe, run_dir: Path) -> list:
     if options.hang_timeout:
         guards.append(Watchdog(run_dir, name, options.hang_timeout))
     return guards
+
+
+def _mark_complete(run_dir: Path, step: int) -> None:
+    with _writable(run_dir):
+        write_atomically(run_dir / COMPLETE_FILE, f"{step}\n".encode())
 
 
 def _lock(run_dir: Path) -> IO[bytes]:

@@ -1,0 +1,1 @@
+"""Runs recipes and pipelines as jobs of a Slurm cluster."""
