@@ -17,7 +17,7 @@ export SLURM_CONF=$DIR/slurm.conf
 
 die() { echo "local_slurm: $*" >&2; exit 1; }
 # A process that has ended may stay a zombie where nobody reaps it.
-lives() { [ -s "$1" ] && grep -q '^State:[[:space:]]*[^Z]' "/proc/$(cat "$1")/status" 2>/dev/null; }
+lives() { [ -s "$1" ] && grep -q '^State:[[:space:]]*[^Z]' "/proc/$(cat "$1" 2>/dev/null)/status" 2>/dev/null; }
 end_daemon() {
   lives "$1" || { rm -f "$1"; return 0; }
   kill "$(cat "$1")" 2>/dev/null || true

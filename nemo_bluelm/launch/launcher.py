@@ -99,9 +99,10 @@ def status(root: Path) -> list[dict[str, Any]]:
     for run in content["runs"]:
         ids = content["jobs"].get(run["job"], [])
         state = slurm.state(ids[-1]) if ids else slurm.State("-")
-        if Path(run["marker"]).exists():
-            state = slurm.State("COMPLETE")
         folder, attempts = Path(run["folder"]), _attempts(Path(run["control"]))
+        under_way = state.active and attempts and len(attempts[-1]) < 5
+        if Path(run["marker"]).exists() and not under_way:
+            state = slurm.State("COMPLETE")
         checkpoint = newest(folder)
         rows.append(
             {

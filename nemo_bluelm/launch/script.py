@@ -1,5 +1,6 @@
 """The batch script of a job, to be read by the person who debugs it at night."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -103,12 +104,18 @@ def _directives(job: Job, plan: Plan, cluster: ClusterConfig, folder: Path) -> d
     if array:
         found["array"] = f"0-{len(job.units) - 1}"
     found["requeue" if cluster.resume is Resume.requeue else "no-requeue"] = True
-    found["chdir"] = shlex.quote(str(folder))
+    found["chdir"] = _directive(str(folder))
     found["signal"] = f"B:USR1@{cluster.warn_before}"  # to this script; when the ranks are told is its business
     found["open-mode"] = "append"
-    found["output"] = f"{job.control}/{'%a/' if array else ''}slurm_%{'A' if array else 'j'}.log"
+    log = "%a/slurm_%A.log" if array else "slurm_%j.log"
+    found["output"] = _directive(f"{str(job.control).replace('%', '%%')}/{log}")
     found["export"] = "NONE"
     return found | dict(cluster.sbatch_extra)
+
+
+def _directive(text: str) -> str:
+    """A value that sbatch reads whole; it knows quotes, but expands nothing."""
+    return text if re.fullmatch(r"[\w./%+,:=@-]+", text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _container(cluster: ClusterConfig, folder: Path, variables: list[str]) -> list[str]:

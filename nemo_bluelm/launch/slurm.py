@@ -46,7 +46,7 @@ def submit(script: Path, after: Sequence[str] = (), kind: str = "afterok") -> st
         after: ids of jobs that must have ended first, well (``afterok``) or anyhow (``afterany``).
 
     Raises:
-        UserError: what Slurm says against it.
+        UserError: what Slurm says against it, with the script that has the flags.
     """
     dependency = [f"--dependency={kind}:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     return _call(["sbatch", "--parsable", *dependency, str(script)]).split(";")[0].strip()
@@ -93,6 +93,6 @@ def _call(command: list[str], may_fail: bool = False) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} has not answered for {_TIMEOUT} s; is the controller up? (sinfo)") from None
     if done.returncode and not may_fail:
-        said = " ".join((done.stderr.strip() or done.stdout.strip()).split())
-        raise UserError(f"{shlex.join(command)}: {said}")
+        said = " ".join((done.stderr.strip() or done.stdout.strip()).split()).replace("sbatch: error: ", "")
+        raise UserError(f"Slurm refuses '{shlex.join(command)}': {said}")
     return done.stdout if not done.returncode else ""
