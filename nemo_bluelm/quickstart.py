@@ -16,12 +16,14 @@ from nemo_bluelm.atomic import write_atomically
 from nemo_bluelm.config.grpo import Objective
 from nemo_bluelm.config.pipeline import Stage, load_pipeline, quoted
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.report.run_page import write_report
+from nemo_bluelm.report.runs import find_runs
 from nemo_bluelm.runtime.run_dir import read_metrics, resolve_checkpoint
 from nemo_bluelm.train.chain import load_stage, run_pipeline
 
 PIPELINE = "tiny/pipeline"
 MICRO_BATCH = 2  # packs, a divisor of the batch of every stage that takes more than one: fewer and larger operations
-REPORT_FILE = "report.json"
+REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 MEASURES = {Objective.next_token: "loss", Objective.reward_model: "accuracy", Objective.grpo: "reward/mean"}
 PARTS = 4  # of a stage; its reported losses are the means of the first and the last, as few steps tell their samples
 MAX_NEW_TOKENS = 64
@@ -81,6 +83,8 @@ def run(out: Path, overrides: list[str]) -> int:
     report = {"stages": rows, **evaluation, "seconds": round(time.perf_counter() - started, 1)}
     write_atomically(out / REPORT_FILE, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     _print(report, out / REPORT_FILE)
+    write_report(find_runs([out]), out / PAGE_FILE)
+    console.print(f"what happened in each stage: {out / PAGE_FILE}")
     return 0
 
 

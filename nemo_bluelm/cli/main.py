@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": "ask a checkpoint, once or in a chat",
     "serve": "answer over HTTP, in the shape of OpenAI's API",
     "eval": "ask a benchmark's problems in both modes and with thinking budgets, and score the answers",
+    "report": "show what happened in runs, as one page",
     "plan": "show what a recipe resolves to: config, parameters, tokens per image, layout",
     "data": "index, inspect, curate: what to do with shards before and between runs",
     "bench": "time a part of the stack beside what users know",
