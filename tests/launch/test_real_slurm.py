@@ -336,8 +336,8 @@ def test_a_crash_loop_ends_and_what_follows_is_cancelled(launches, corpus, tmp_p
     }
     pipeline.write_text(yaml.safe_dump({"name": "chain", "stages": stages}))
     root = tmp_path / "run"
-    setup = ["export PYTHONINSPECT= LD_PRELOAD=/nowhere.so", "ulimit -v 100000"]  # no rank can begin
-    launches.launch(pipeline, root, f"data.root={corpus}", max_restarts=1, setup=setup, health_check=None)
+    no_python = {**CLUSTER["env"], "PYTHONHASHSEED": "nonsense"}  # it ends at once
+    launches.launch(pipeline, root, f"data.root={corpus}", max_restarts=1, env=no_python, health_check=None)
     rows = launches.until(
         root, lambda rows: rows["first"]["state"] == "FAILED" and rows["second"]["state"] == "CANCELLED"
     )
