@@ -7,14 +7,15 @@ from pathlib import Path
 from nemo_bluelm.cli.arguments import positive
 from nemo_bluelm.errors import UserError
 
+KINDS = ("hf", "vllm", "trtllm", "onnx")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind",
         metavar="hf|vllm|trtllm|onnx",
-        choices=["hf", "vllm", "trtllm", "onnx"],
         help="for whom: transformers; vLLM, with thinking budgets; TensorRT-LLM, with the package that it needs; "
-        "ONNX Runtime: vision tower and projector in one file",
+        "ONNX Runtime: vision tower and projector in one file; or what an installed package registers",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="run folder (its newest) or checkpoint folder")
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make; of onnx the file")
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a mistake in the arguments or in CKPT.
     """
+    if args.kind not in KINDS:
+        return _registered(args)
     if args.quantise:
         return _quantise(args)
     from nemo_bluelm.convert.engines import export_trtllm, export_vllm
@@ -69,6 +72,16 @@ def run(args: argparse.Namespace) -> int:
         SHARD_BYTES if args.shard_bytes is None else args.shard_bytes,
     )
     return _tell(args, done)
+
+
+def _registered(args: argparse.Namespace) -> int:
+    """By an exporter of another package: a function ``(checkpoint, folder)``, both paths."""
+    from nemo_bluelm.registry import EXPORTERS
+    from nemo_bluelm.runtime.run_dir import resolve_checkpoint
+
+    exporter = EXPORTERS.find(args.kind, f"export (besides {', '.join(KINDS)})")
+    exporter(resolve_checkpoint(args.checkpoint, "CKPT"), args.folder)
+    return 0
 
 
 def _tell(args: argparse.Namespace, done) -> int:

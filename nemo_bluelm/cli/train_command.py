@@ -2,15 +2,10 @@
 
 import argparse
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from nemo_bluelm.cli.arguments import add_recipe_arguments, not_negative, positive
 from nemo_bluelm.errors import UserError
-
-if TYPE_CHECKING:
-    from nemo_bluelm.config.schema import Recipe
-    from nemo_bluelm.train.job import Job
+from nemo_bluelm.registry import STAGES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,20 +58,4 @@ def run(args: argparse.Namespace) -> int:
         return launch(["train", args.recipe, *args.overrides], args.nproc, args.max_restarts)
     from nemo_bluelm.train.run import train
 
-    return train(recipe, _job_of(recipe))
-
-
-def _job_of(recipe: "Recipe") -> "Callable[[Recipe], Job]":
-    from nemo_bluelm.config.grpo import Objective
-
-    if recipe.objective == Objective.grpo:
-        from nemo_bluelm.rl.job import GRPO
-
-        return GRPO
-    if recipe.objective == Objective.reward_model:
-        from nemo_bluelm.rl.reward_job import RewardModelling
-
-        return RewardModelling
-    from nemo_bluelm.train.job import NextToken
-
-    return NextToken
+    return train(recipe, STAGES.find(recipe.stage or recipe.objective.value, "stage"))

@@ -114,6 +114,7 @@ class DecodeDevice(str, Enum):
 class VisionConfig:
     """SigLIP2 vision transformer without pooling head. Defaults: timm ``vit_so400m_patch14_siglip_378.v2_webli``."""
 
+    tower: str = "siglip2"  # registered vision tower
     num_layers: int = 27
     hidden_size: int = 1152
     ffn_hidden_size: int = 4304
@@ -188,6 +189,7 @@ class SourceConfig:
     shards: List[str] = MISSING  # WebDataset tars or JSONL files; globs, relative to data.root
     weight: float = 1.0  # share of the mixture, by tokens; shares are divided by their sum
     max_epochs: Optional[float] = None  # leave the mixture after going through the samples this often
+    reader: Optional[str] = None  # registered data source that reads them; null: they are WebDataset tars or JSONL
     resample: Dict[str, float] = field(default_factory=dict)  # tag -> how often its samples come in an epoch
 
 
@@ -374,5 +376,6 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     objective: Objective = Objective.next_token
+    stage: Optional[str] = None  # registered stage that trains it; null: the objective's own
     grpo: GrpoConfig = field(default_factory=GrpoConfig)  # of objective grpo, as are the environments
     environments: Dict[str, EnvironmentConfig] = field(default_factory=dict)  # by the task_name of records

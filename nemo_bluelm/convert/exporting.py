@@ -131,6 +131,11 @@ def _open(checkpoint: Path, layout: Optional[Mapping[Part, str]]) -> tuple[Weigh
     recipe = load_recipe(str(checkpoint / RECIPE_FILE), [])
     if recipe.train.lora.rank:
         raise UserError(f"{checkpoint} has LoRA adapters; merge them with 'nemo-bluelm merge' and export the result")
+    if recipe.model.vision.tower != "siglip2":
+        raise UserError(
+            f"{checkpoint} has the vision tower {recipe.model.vision.tower}, which no exported model knows; write an "
+            "exporter of its own (entry point group nemo_bluelm.exporters)"
+        )
     weights, there = Weights(checkpoint), parts_in(checkpoint)
     if layout is None:
         layout = {part: prefix for part, prefix in EXPORT.items() if part in there}

@@ -5,6 +5,7 @@ from typing import Any
 
 from nemo_bluelm.data.decode import get_backend
 from nemo_bluelm.data.files import Files, expand
+from nemo_bluelm.data.foreign import converted
 from nemo_bluelm.data.index import Index, build_index
 from nemo_bluelm.data.loader import PackLoader
 from nemo_bluelm.data.plan import MixturePlan
@@ -51,6 +52,9 @@ def open_index(
         UserError: as :func:`find` and ``build_index``.
     """
     tokenizer, shards = find(data)
+    for name, source in data.sources.items():
+        if reader := source.get("reader") if hasattr(source, "get") else source.reader:
+            shards[name] = converted(shards[name], reader, data.root, data.index, f"data.sources.{name}")
     union = sorted({shard for names in shards.values() for shard in names})
     return build_index(union, data.index, geometry, tokenizer, root=data.root, progress=progress), tokenizer, shards
 

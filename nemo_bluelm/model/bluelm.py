@@ -19,7 +19,7 @@ from nemo_bluelm.layers.tile_shares import gather_tiles
 from nemo_bluelm.model.config import LanguageTransformerConfig, vision_transformer_config
 from nemo_bluelm.model.language import LanguageModel
 from nemo_bluelm.model.projector import Projector
-from nemo_bluelm.model.vision import VisionTower
+from nemo_bluelm.registry import VISION_TOWERS
 
 
 class BlueLMModel(MegatronModule):
@@ -60,7 +60,8 @@ class BlueLMModel(MegatronModule):
             geometry = geometry_of(model)
             self._tokens_per_tile = geometry.tokens_per_tile
             device = None if config.use_cpu_initialization else torch.cuda.current_device()
-            self.vision = VisionTower(vision_config or vision_transformer_config(model.vision, config), geometry)
+            tower = VISION_TOWERS.find(model.vision.tower, "model.vision.tower")
+            self.vision = tower(vision_config or vision_transformer_config(model.vision, config), geometry)
             self.projector = Projector(model, config.params_dtype, device)
         self.language = LanguageModel(
             config, model.language, max_sequence_length, pre_process, post_process, vp_stage, pg_collection

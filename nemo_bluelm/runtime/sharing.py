@@ -20,8 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from nemo_bluelm.data.packs import PackedBatch, to_device
 from nemo_bluelm.layers.context import on_device
 from nemo_bluelm.layers.tile_shares import balance
-from nemo_bluelm.model.projector import Projector
-from nemo_bluelm.model.vision import VisionTower
+from nemo_bluelm.model.bluelm import BlueLMModel
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.1  # seconds between two looks into the store
 _GIVE_UP = 1800.0  # seconds, as long as a collective waits
@@ -79,7 +78,8 @@ def sum_tile_gradients(chunks: Sequence[torch.nn.Module]) -> None:
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return
-    parts = [part for chunk in chunks for part in chunk.modules() if isinstance(part, (VisionTower, Projector))]
+    models = [part for chunk in chunks for part in chunk.modules() if isinstance(part, BlueLMModel)]
+    parts = [part for model in models if model.pre_process for part in (model.vision, model.projector)]
     weights = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
     if weights:
         with torch.distributed._coalescing_manager(group):

@@ -23,6 +23,7 @@ KEPT_ON_RESUME = (
     "train.lora.",
     "parallel.context",
     "objective",
+    "stage",
     "grpo.",
     "environments.",
 )
