@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: quickstart test lint venv clean
+.PHONY: quickstart test lint docs venv clean
 
 quickstart: $(STAMP)
 	$(BIN)/nemo-bluelm quickstart
@@ -17,6 +17,10 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(STAMP)
+	$(BIN)/python tools/make_key_reference.py
+	$(BIN)/python -m mkdocs build --strict
 
 venv: $(STAMP)
 

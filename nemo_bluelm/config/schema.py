@@ -335,9 +335,7 @@ class TrainConfig:
     keep_every: int = 0  # those of every so many steps are kept for good, too; 0: none
     skip_bad_steps: int = 0  # in a row, whose update is left out as loss or gradient is NaN, infinite or a spike
     spike_factor: float = 0.0  # a loss or gradient norm above this many times the median of 100 is a spike; 0: none is
-    hang_timeout: float = (
-        3600.0  # seconds without the end of a step after which a rank dumps its stacks and ends; 0: never
-    )
+    hang_timeout: float = 3600.0  # seconds without the end of a step after which a rank is ended; 0: never
     straggler_report: float = 0.0  # seconds between looks for slow GPUs, by nvidia-resiliency-ext; 0: none
     log_every: int = 10  # steps between progress lines on a non-terminal
 

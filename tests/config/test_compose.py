@@ -52,7 +52,9 @@ def test_full_scale_tokens_are_the_papers(stage, tokens):
 def test_every_packaged_recipe_and_block_composes():
     for name in resources.packaged_recipes():
         load_without_data(name, [])
-    for block in (file for file in resources.conf_dir().rglob("*.yaml") if file.parent.name not in ("tasks", "cluster")):
+    for block in (
+        file for file in resources.conf_dir().rglob("*.yaml") if file.parent.name not in ("tasks", "cluster")
+    ):
         group, option = block.parent.name, block.stem
         if group == "rewards":
             recipe = load_recipe("tiny/grpo", ["init_from=run", f"+rewards@environments.mine={option}"])

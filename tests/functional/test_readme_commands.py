@@ -1,4 +1,4 @@
-"""The README's commands, typed in their order in an empty folder, do what it says."""
+"""The commands of the README, typed in their order in an empty folder, and then those of docs/ do what is said."""
 
 import json
 import os
@@ -23,6 +23,13 @@ COMMANDS = [
     for block in re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
     if line.startswith(("nemo-bluelm ", "tar ", "python tools/"))
+]
+DOCS = [
+    line
+    for page in sorted((CHECKOUT / "docs").rglob("*.md"))
+    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+    if line not in COMMANDS
 ]
 QUICKSTART = "nemo-bluelm quickstart --out outputs/quickstart"
 FEW_STEPS = "train.steps=4 train.save_every=2 optim.warmup_steps=1 decay.optim.decay_steps=2"
@@ -105,9 +112,13 @@ def test_readme_commands_from_top_to_bottom(tmp_path):
             else:
                 shell.run(" ".join([line, *SHORTER.get(line, [])]))
         shell.finish(QUICKSTART, quickstart)
+        for line in DOCS:
+            shell.run(line)
     finally:
         quickstart.kill()  # takes its training with it
 
+    assert (tmp_path / "outputs/runs/tiny_sft/report.html").stat().st_size > 50_000
+    assert (tmp_path / "outputs/compared.html").exists() and (tmp_path / "outputs/quickstart/report.html").exists()
     report = json.loads((tmp_path / "outputs/quickstart/report.json").read_text())
     assert report["export"]["passed"] and report["sampled"]["after"]["step"] > 0
     assert report["held_out_images"] == 360 and [stage["stage"] for stage in report["stages"]] == STAGES
