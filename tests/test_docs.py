@@ -1,4 +1,4 @@
-"""What the documentation and the containers refer to is there; tests/functional/test_readme_commands.py runs commands."""
+"""What documentation and containers refer to is there; tests/functional/test_readme_commands.py runs the commands."""
 
 import re
 import subprocess
