@@ -126,7 +126,7 @@ def seconds(time: str) -> Optional[int]:
     """A time limit as Slurm writes it (minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS); None if it is none."""
     days, _, rest = time.rpartition("-")
     parts = rest.split(":")
-    if not all(part.isdecimal() for part in parts) or not (days == "" or days.isdecimal()) or len(parts) > 3:
+    if not all(part.isdecimal() for part in parts) or ("-" in time and not days.isdecimal()) or len(parts) > 3:
         return None
     numbers = [int(part) for part in parts]
     if days:

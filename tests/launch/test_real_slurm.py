@@ -14,6 +14,7 @@ import yaml
 
 from nemo_bluelm.config.pipeline import quoted
 from tests.runtime.processes import CHECKOUT, TRAIN, run
+from tests.runtime.test_restarts import FEW_STEPS
 
 CURVE = ("step", "loss", "grad_norm", "lr", "tokens_by_source")
 CLUSTER = {
@@ -261,7 +262,7 @@ def test_the_second_stage_is_refused_and_the_first_is_taken_back(launches, corpu
 
 @pytest.mark.long
 def test_the_tiny_pipeline_as_jobs_of_two_nodes_equals_train(launches, corpus, tmp_path):
-    keys = ["train.global_batch_size=4", f"data.root={corpus}"]
+    keys = [*FEW_STEPS, "long_context.train.global_batch_size=4", f"data.root={corpus}"]
     root, alone = tmp_path / "launched", tmp_path / "alone"
     run(
         *TRAIN,

@@ -14,6 +14,16 @@ from tests.runtime.processes import TRAIN, anything_alive, descendants, finish, 
 from tests.runtime.test_resume import command, curve, wait_for_step
 
 
+# Of each stage of the tiny pipeline.
+FEW_STEPS = [
+    "train.steps=24",
+    "train.save_every=6",
+    "optim.warmup_steps=2",
+    "decay.optim.decay_steps=8",
+    "rl.train.steps=4",
+]
+
+
 def ranks(process):
     """Process ids of the ranks, by rank."""
     found = {}
@@ -102,7 +112,7 @@ def weights_of(folder):
 def test_twenty_kills_of_random_ranks_in_the_tiny_pipeline_change_no_bit(corpus, tmp_path):
     """Of 2 ranks, at random moments of the whole pipeline, starts and saves among them."""
     settings = [*TRAIN, "tiny/pipeline", f"data.root={corpus}", f"data.index={tmp_path / 'index'}", "--nproc", "2"]
-    settings += ["train.global_batch_size=4", "train.save_every=5"]
+    settings += FEW_STEPS
     begun = time.monotonic()
     run(*settings, f"run_dir={tmp_path / 'whole'}", timeout=3000)
     seconds = time.monotonic() - begun
