@@ -357,6 +357,28 @@ class DistillConfig:
     top_k_end: Optional[int] = None  # null: top_k
 
 
+class WandbMode(str, Enum):
+    """Where Weights & Biases keeps a run."""
+
+    disabled = "disabled"
+    offline = "offline"  # in the run's folder; wandb sync sends it
+    online = "online"
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = WandbMode.disabled
+    project: str = "nemo_bluelm"
+
+
+@dataclass
+class LogConfig:
+    """Loggers beside ``metrics.jsonl``; nothing leaves the machine unless a mode says so."""
+
+    tensorboard: bool = False  # in the run's folder: tensorboard --logdir RUN_DIR
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
 @dataclass
 class Recipe:
     """One training run."""
@@ -372,6 +394,7 @@ class Recipe:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     objective: Objective = Objective.next_token
     stage: Optional[str] = None  # registered stage that trains it; null: the objective's own

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -18,6 +19,7 @@ from nemo_bluelm.errors import UserError
 from nemo_bluelm.model.flops import peak_flops
 from nemo_bluelm.runtime.later import Later, Stamp, to_device
 from nemo_bluelm.runtime.run_dir import METRICS_FILE, read_metrics
+from nemo_bluelm.train.loggers import Loggers
 
 
 @dataclass
@@ -53,15 +55,25 @@ class Metrics(Callback):
     run.
 
     Args:
+        open_loggers: called with the step that the run goes on from; None for none.
         ends_on_nan: whether a loss or gradient norm that is NaN or infinite is an error; else it is null in the file.
 
     Raises:
         UserError: it is; on all ranks, and before the step's checkpoint is published.
     """
 
-    def __init__(self, run_dir: Path, name: str, steps: int, log_every: int, ends_on_nan: bool = True):
+    def __init__(
+        self,
+        run_dir: Path,
+        name: str,
+        steps: int,
+        log_every: int,
+        ends_on_nan: bool = True,
+        open_loggers: Optional[Callable[[int], Loggers]] = None,
+    ):
         self.run_dir, self.path = run_dir, run_dir / METRICS_FILE
         self.name, self.steps, self.log_every, self.ends_on_nan = name, steps, log_every, ends_on_nan
+        self._open_loggers = open_loggers
         self._mark: Optional[Stamp] = None  # end of the step before
         self._step: Optional[_Step] = None
 
@@ -75,6 +87,7 @@ class Metrics(Callback):
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= trainer.global_step]
         write_atomically(self.path, "".join(kept).encode())
         self.file = self.path.open("a", buffering=1)
+        self.loggers = self._open_loggers(trainer.global_step) if self._open_loggers else None
         self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -155,6 +168,8 @@ class Metrics(Callback):
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
         self.file.write(json.dumps(numbers) + "\n")
+        if self.loggers is not None:
+            self.loggers.write(numbers)
         report = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
         if row["mfu"] is not None:
             report += f"  {row['tflops']:.0f} TFLOP/s  {row['mfu']:.1%} MFU"
@@ -168,3 +183,5 @@ class Metrics(Callback):
         if trainer.is_global_zero and hasattr(self, "file"):
             self.progress.stop()
             self.file.close()
+            if self.loggers is not None:
+                self.loggers.close()

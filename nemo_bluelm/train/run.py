@@ -5,6 +5,7 @@ import fcntl
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,7 @@ from nemo_bluelm.train.continuity import check_frozen, check_init, check_resume,
 from nemo_bluelm.train.events import note, write_environment
 from nemo_bluelm.train.guards import positions_notice
 from nemo_bluelm.train.job import Job, NextToken
+from nemo_bluelm.train.loggers import check_loggers
 
 
 def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
@@ -39,6 +41,7 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
     check_recipe(recipe, launch.world_size)
     check_machine(recipe)
     run_dir = Path(recipe.run_dir).absolute()
+    check_loggers(recipe.log)
     ranks = Ranks(launch)
     steps = published_steps(run_dir, ranks)
     if steps:
@@ -83,13 +86,21 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
     from nemo_bluelm.runtime.checkpoints import Checkpoints
     from nemo_bluelm.runtime.storage import writing
     from nemo_bluelm.train.interrupt import StopOnSignal
+    from nemo_bluelm.train.loggers import Loggers
     from nemo_bluelm.train.metrics import Metrics
 
     options = recipe.train
     files = {RECIPE_FILE: recipe_yaml, TOKENIZER_FILE: job.tokenizer.content}
     checkpoints = Checkpoints(run_dir, files, options.save_every, options.keep_checkpoints, options.keep_every)
     stop = StopOnSignal(checkpoints)
-    metrics = Metrics(run_dir, recipe.name, options.steps, options.log_every, ends_on_nan=not options.skip_bad_steps)
+    metrics = Metrics(
+        run_dir,
+        recipe.name,
+        options.steps,
+        options.log_every,
+        ends_on_nan=not options.skip_bad_steps,
+        open_loggers=partial(Loggers, recipe, run_dir),
+    )
     guards = _guards(recipe, run_dir)
     try:
         with writing(run_dir):

@@ -264,16 +264,8 @@ def test_the_second_stage_is_refused_and_the_first_is_taken_back(launches, corpu
 def test_the_tiny_pipeline_as_jobs_of_two_nodes_equals_train(launches, corpus, tmp_path):
     keys = [*FEW_STEPS, "long_context.train.global_batch_size=4", f"data.root={corpus}"]
     root, alone = tmp_path / "launched", tmp_path / "alone"
-    run(
-        *TRAIN,
-        "tiny/pipeline",
-        f"run_dir={quoted(alone)}",
-        f"data.index={tmp_path / 'a'}",
-        *keys,
-        "--nproc",
-        "4",
-        timeout=3000,
-    )
+    alone_keys = [f"run_dir={alone}", f"data.index={tmp_path / 'a'}", *keys]
+    run(*TRAIN, "tiny/pipeline", *alone_keys, "--nproc", "4", timeout=3000)
     launches.launch("tiny/pipeline", root, f"data.index={tmp_path / 'b'}", *keys, tasks_per_node=2)
     rows = launches.complete(root, patience=3000)
     stages = [name for name in rows if (alone / name / "metrics.jsonl").exists()]

@@ -13,7 +13,6 @@ import pytest
 from tests.runtime.processes import TRAIN, anything_alive, descendants, finish, run, start
 from tests.runtime.test_resume import command, curve, wait_for_step
 
-
 # Of each stage of the tiny pipeline.
 FEW_STEPS = [
     "train.steps=24",
