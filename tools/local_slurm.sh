@@ -6,7 +6,8 @@
 #
 # Needs root and Debian's packages, which it installs where they are missing. LOCAL_SLURM_DIR is the folder of all its
 # files (/tmp/local-slurm), LOCAL_SLURM_NODES the number of nodes (4), LOCAL_SLURM_PORT the first port (17817).
-# Partitions: batch, and preempt, whose jobs are requeued when one of batch needs their nodes.
+# Partitions: batch; preempt, whose jobs are requeued when one of batch needs their nodes; limited, to ten minutes and the
+# account research. 'down' removes the folder.
 set -euo pipefail
 DIR=${LOCAL_SLURM_DIR:-/tmp/local-slurm}
 NODES=${LOCAL_SLURM_NODES:-4}
@@ -16,8 +17,14 @@ HOST=$(hostname -s)
 export SLURM_CONF=$DIR/slurm.conf
 
 die() { echo "local_slurm: $*" >&2; exit 1; }
-# A process that has ended may stay a zombie where nobody reaps it.
-lives() { [ -s "$1" ] && grep -q '^State:[[:space:]]*[^Z]' "/proc/$(cat "$1" 2>/dev/null)/status" 2>/dev/null; }
+# Whether the daemon of a pid file is there: a process that has ended may stay a zombie where nobody reaps it, and its
+# number may be another program's by now.
+lives() {
+  [ -s "$1" ] || return 1
+  local name=${1##*/} status
+  status=$(cat "/proc/$(cat "$1")/status" 2>/dev/null) || return 1
+  grep -q "^Name:[[:space:]]*${name%%.*}\$" <<<"$status" && ! grep -q '^State:[[:space:]]*Z' <<<"$status"
+}
 end_daemon() {
   lives "$1" || { rm -f "$1"; return 0; }
   kill "$(cat "$1")" 2>/dev/null || true
@@ -32,6 +39,12 @@ down() {
     for _ in $(seq 50); do [ -z "$(timeout 5 squeue --noheader 2>/dev/null)" ] && break; sleep 0.2; done
   fi
   for file in "$DIR"/slurmd.*.pid "$DIR/slurmctld.pid" "$DIR/munged.pid"; do end_daemon "$file"; done
+  rm -rf "$DIR"
+  if ! pgrep -x slurmctld >/dev/null; then    # another instance uses the same names
+    grep -v '# local_slurm$' /etc/hosts >"/tmp/hosts.$$" || true
+    cat "/tmp/hosts.$$" >/etc/hosts           # in place: in containers it is mounted
+    rm -f "/tmp/hosts.$$"
+  fi
 }
 
 packages() {
@@ -92,6 +105,7 @@ NodeName=DEFAULT CPUs=$CPUS Boards=1 SocketsPerBoard=1 CoresPerSocket=$CPUS Thre
 $(for node in $(seq "$NODES"); do echo "NodeName=n$node NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT + node))"; done)
 PartitionName=DEFAULT Nodes=ALL MaxTime=UNLIMITED State=UP
 PartitionName=batch Default=YES PriorityTier=10 DefaultTime=60
+PartitionName=limited AllowAccounts=research MaxTime=10
 PartitionName=preempt PriorityTier=1 PreemptMode=REQUEUE GraceTime=2
 CONF
 }
@@ -130,6 +144,7 @@ up() {
     sleep 0.1
   done
   tail -n 3 "$DIR"/slurm*.log >&2
+  down
   die "the nodes don't come up; the end of their logs is above"
 }
 

@@ -44,7 +44,7 @@ def slurm(tmp_path_factory):
         [CHECKOUT / "tools" / "local_slurm.sh", "down"], env=environment, capture_output=True, text=True
     )
     assert down.returncode == 0, down.stderr
-    subprocess.run(["rm", "-rf", folder], check=True)
+    assert not folder.exists()
 
 
 class Launches:
@@ -192,6 +192,27 @@ def test_a_warning_and_a_killed_rank_are_survived(launches, undisturbed, corpus,
 
 
 @pytest.mark.long
+def test_an_administrators_requeue_goes_on(launches, undisturbed, corpus, tmp_path):
+    root = tmp_path / "run"
+    (job,) = launches.launch("tiny/sft", root, f"data.root={corpus}", *SHORT)["tiny_sft"]
+    wait_for_step(launches, root, root, 6, 1)
+    launches.slurm("scontrol", "requeue", job)
+    row = launches.complete(root)["tiny_sft"]
+    assert row["attempts"] == 2 and row["ended"][-1] == "complete" and curve(root) == undisturbed
+
+
+@pytest.mark.long
+def test_an_attempt_that_gets_nowhere_is_not_repeated_for_ever(launches, corpus, tmp_path):
+    root = tmp_path / "run"
+    no_python = {**CLUSTER["env"], "PYTHONHASHSEED": "nonsense"}
+    changes = {"max_restarts": 9, "max_stalls": 1, "health_check": None, "env": no_python}
+    launches.launch("tiny/sft", root, f"data.root={corpus}", *SHORT, **changes)
+    row = launches.until(root, lambda rows: rows["tiny_sft"]["state"] == "FAILED")["tiny_sft"]
+    assert row["ended"] == ["crash", "crash"]
+    assert "attempts in a row began at step 0, max_stalls is 1: given up" in launches.told(root)
+
+
+@pytest.mark.long
 def test_scancel_ends_it_for_good_and_a_new_launch_goes_on(launches, undisturbed, corpus, tmp_path):
     root = tmp_path / "run"
     (job,) = launches.launch("tiny/sft", root, f"data.root={corpus}", *SHORT)["tiny_sft"]
@@ -220,7 +241,9 @@ def test_a_sweep_is_an_array(launches, corpus, tmp_path):
 
 
 REFUSED = {
-    "partition": ({"partition": "gpus"}, [], "partition gpus is not there; this cluster has batch, preempt"),
+    "partition": ({"partition": "gpus"}, [], "partition gpus is not there; this cluster has batch, limited, preempt"),
+    "account": ({"partition": "limited", "account": "nope", "time": "00:05:00"}, [], "nvalid account"),
+    "time": ({"partition": "limited", "account": "research"}, [], "time limit is invalid"),
     "nodes": ({}, ["--nodes", "9"], "Slurm refuses 'sbatch"),
     "excluded node": ({"exclude": "zz9"}, [], "Invalid node name specified"),
     "memory": ({"mem": "900G"}, [], "Memory specification can not be satisfied"),

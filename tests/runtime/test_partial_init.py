@@ -50,7 +50,7 @@ def whole(corpus, forks, tmp_path_factory):
 def language_only(whole, tmp_path_factory):
     """Its language model alone, as pruning another model or an importer may leave it."""
     folder = tmp_path_factory.mktemp("language") / "checkpoint"
-    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("weights"))
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("weights", "checksums.json"))
     (folder / "weights").mkdir()
     write_part(whole, folder, "language")
     return folder
