@@ -22,7 +22,7 @@ die() { echo "local_slurm: $*" >&2; exit 1; }
 lives() {
   [ -s "$1" ] || return 1
   local name=${1##*/} status
-  status=$(cat "/proc/$(cat "$1")/status" 2>/dev/null) || return 1
+  status=$(cat "/proc/$(cat "$1" 2>/dev/null)/status" 2>/dev/null) || return 1
   grep -q "^Name:[[:space:]]*${name%%.*}\$" <<<"$status" && ! grep -q '^State:[[:space:]]*Z' <<<"$status"
 }
 end_daemon() {
@@ -40,7 +40,7 @@ down() {
   fi
   for file in "$DIR"/slurmd.*.pid "$DIR/slurmctld.pid" "$DIR/munged.pid"; do end_daemon "$file"; done
   rm -rf "$DIR"
-  if ! pgrep -x slurmctld >/dev/null; then    # another instance uses the same names
+  if ! pgrep -r R,S,D -x slurmctld >/dev/null; then    # another instance uses the same names
     grep -v '# local_slurm$' /etc/hosts >"/tmp/hosts.$$" || true
     cat "/tmp/hosts.$$" >/etc/hosts           # in place: in containers it is mounted
     rm -f "/tmp/hosts.$$"
