@@ -37,6 +37,25 @@ def rates(
     }
 
 
+def stalls(seconds: list[float], before: int, save_every: int) -> dict[str, object]:
+    """How long checkpoints held training up.
+
+    Args:
+        seconds: of each step that counts.
+        before: steps before them.
+        save_every: steps from one checkpoint to the next, counted from the run's start.
+
+    Returns:
+        ``stalls``, one for each checkpoint that is followed by ``save_every`` steps: seconds by which these took
+        longer than as many median steps; ``of_a_step``, their mean over the median step (None without one).
+    """
+    step = median(seconds)
+    after = [saved - before for saved in range(save_every, before + len(seconds), save_every)]
+    whole = [start for start in after if 0 <= start <= len(seconds) - save_every]
+    found = [round(sum(seconds[start : start + save_every]) - save_every * step, 5) for start in whole]
+    return {"stalls": found, "of_a_step": round(sum(found) / len(found) / step, 4) if found else None}
+
+
 def peak_memory() -> dict[str, float] | None:
     """GiB that PyTorch's allocator gave out and held at most since the last reset; None on a CPU."""
     if not torch.cuda.is_available():

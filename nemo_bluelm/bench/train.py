@@ -10,18 +10,27 @@ from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.config.schema import Recipe
 
 
-def measure(recipe: Recipe, steps: int, warmup: int, start: Start, profile: Path | None = None) -> dict:
-    """Train for ``warmup + steps`` steps and return what the last ``steps`` of them say. Nothing is saved.
+def measure(
+    recipe: Recipe,
+    steps: int,
+    warmup: int,
+    start: Start,
+    profile: Path | None = None,
+    save_every: int | None = None,
+) -> dict:
+    """Train for ``warmup + steps`` steps and return what the last ``steps`` of them say. Nothing is kept.
 
     Args:
         start: starts the processes.
         profile: write the longest kernels of one more step there, which doesn't count.
+        save_every: steps between checkpoints, which are deleted once they are published; None makes none.
 
     Returns:
         ``name``, ``environment``, ``layout``, ``precision``, ``packs``, ``processes``, ``steps``, ``warmup``; what
         :func:`nemo_bluelm.bench.figures.rates` gives; ``seconds`` of every counted step; ``memory`` of rank 0;
-        ``data_wait`` {seconds, fraction of the time}; ``loss`` {first, last}; ``parameters`` of rank 0 by part. Or
-        ``name`` and ``error``.
+        ``data_wait`` {seconds, fraction of the time}; ``loss`` {first, last}; ``parameters`` of rank 0 by part;
+        ``checkpoints`` {every, stalls: seconds by which each made the steps up to the next one longer than the median
+        step; of_a_step: their mean over the median step} where they were made. Or ``name`` and ``error``.
 
     Raises:
         UserError: the run refused the recipe or its data.
@@ -33,13 +42,16 @@ def measure(recipe: Recipe, steps: int, warmup: int, start: Start, profile: Path
         arguments = ["bench", "train", str(case), "--steps", str(steps), "--warmup", str(warmup)]
         arguments += ["--worker", str(result)]
         arguments += ["--profile", str(Path(profile).absolute())] if profile else []
+        arguments += ["--save-every", str(save_every)] if save_every else []
         code = start(arguments)
         if not result.exists():
             return {"name": recipe.name, "error": f"the run ended with exit code {code}"}
         return json.loads(result.read_text())
 
 
-def measure_here(path: str, steps: int, warmup: int, result: Path, profile: Path | None) -> int:
+def measure_here(
+    path: str, steps: int, warmup: int, result: Path, profile: Path | None, save_every: int | None
+) -> int:
     """What :func:`measure` runs: train as this rank; rank 0 writes ``result``, and any rank whose memory runs out."""
     from nemo_bluelm.config.checks import check_machine, check_recipe
     from nemo_bluelm.runtime.environment import Launch, prepare, quiet
@@ -56,14 +68,16 @@ def measure_here(path: str, steps: int, warmup: int, result: Path, profile: Path
     _choose_device(launch.local_rank)
     loader = open_packs(recipe)
     prepare()
-    from nemo_bluelm.bench.figures import is_out_of_memory
+    from nemo_bluelm.bench.figures import is_out_of_memory, stalls
     from nemo_bluelm.bench.watch import Watch
+    from nemo_bluelm.runtime.checkpoints import Checkpoints
     from nemo_bluelm.train.metrics import Metrics
 
     watch = Watch(recipe.train.steps, profile)
     metrics = Metrics(Path(recipe.run_dir), recipe.name, recipe.train.steps, recipe.train.log_every)
+    checkpoints = [Checkpoints(Path(recipe.run_dir), {}, save_every, keep=0)] if save_every else []
     try:
-        fit(NextToken(recipe, loader), [watch, metrics])
+        fit(NextToken(recipe, loader), [watch, metrics, *checkpoints])
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -71,7 +85,10 @@ def measure_here(path: str, steps: int, warmup: int, result: Path, profile: Path
         return 1
     if launch.rank == 0:
         counted = slice(warmup, warmup + steps)
-        result.write_text(json.dumps(_report(recipe, launch, watch, counted)))
+        report = _report(recipe, launch, watch, counted)
+        if save_every:
+            report["checkpoints"] = {"every": save_every, **stalls(report["seconds"], warmup, save_every)}
+        result.write_text(json.dumps(report))
     return 0
 
 

@@ -60,7 +60,6 @@ def check_machine(recipe: Recipe) -> None:
     parallel, fp8 = recipe.parallel, recipe.precision.fp8.recipe
     ring = parallel.context > 1 and parallel.context_comm == ContextComm.p2p
     wants_gpu = {
-        "parallel.distributed_optimizer is true": (parallel.distributed_optimizer, "false"),
         "data.decode.device is gpu": (recipe.data.decode.device == DecodeDevice.gpu, "cpu"),
         "train.cuda_graphs is true": (recipe.train.cuda_graphs, "false"),
         f"train.straggler_report is {recipe.train.straggler_report:g}": (bool(recipe.train.straggler_report), "0"),

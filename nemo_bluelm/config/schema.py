@@ -245,7 +245,7 @@ class ParallelConfig:
     context_comm: ContextComm = ContextComm.all_gather
     share_tiles: bool = True  # tensor- and context-parallel ranks split the ViT's tiles instead of all doing all
     overlap: bool = True  # reduce gradients (and gather sharded parameters) while the model works
-    distributed_optimizer: bool = False  # shard optimizer states over data-parallel ranks; needs a GPU
+    distributed_optimizer: bool = False  # shard optimizer states over data-parallel ranks
 
 
 @dataclass

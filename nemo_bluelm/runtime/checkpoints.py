@@ -4,10 +4,12 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
+from threading import Thread
 from typing import Optional
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from megatron.core import parallel_state
 
 from nemo_bluelm.runtime.checksums import checksums, files_in, write_checksums
 from nemo_bluelm.runtime.later import Later, to_device
@@ -26,7 +28,7 @@ class Checkpoints(Callback):
     Args:
         run_dir: the run's folder.
         files: small files that make a checkpoint complete (recipe, tokenizer), by the name they get in it.
-        keep: newest checkpoints to keep; -1 keeps all.
+        keep: newest checkpoints to keep; -1 keeps all, 0 none.
         keep_every: checkpoints of every so many steps are kept for good, too; 0 for none.
     """
 
@@ -35,6 +37,7 @@ class Checkpoints(Callback):
         self.save_every, self.keep, self.keep_every = save_every, keep, keep_every
         self.protected: set[int] = set()  # steps whose checkpoints are kept however old they are
         self._copy = HostCopy()
+        self._deleting: Optional[Thread] = None
         self._step: Optional[int] = None  # of the last checkpoint that was begun
         self._writing: Optional[Writing] = None
         self._written: Optional[Later] = None  # whether it is, on all ranks
@@ -44,6 +47,8 @@ class Checkpoints(Callback):
             for pattern in _UNPUBLISHED:
                 for folder in (self.run_dir / "checkpoints").glob(pattern):
                     shutil.rmtree(folder, ignore_errors=True)
+        if torch.cuda.is_available():
+            self._copy.reserve(_state_bytes(trainer), on_gpu=True)
         torch.distributed.barrier()
 
     def on_before_optimizer_step(self, *args) -> None:
@@ -62,6 +67,8 @@ class Checkpoints(Callback):
     def on_train_end(self, trainer: Trainer, *args) -> None:
         self.save(trainer)
         self._publish(trainer)
+        if self._deleting is not None:
+            self._deleting.join()
 
     def on_exception(self, trainer: Trainer, *args) -> None:
         if self._writing is not None:
@@ -105,15 +112,34 @@ class Checkpoints(Callback):
         torch.distributed.barrier()
 
     def _prune(self) -> None:
-        if self.keep <= 0:
+        if self.keep < 0:
             return
-        for old in published(self.run_dir)[: -self.keep]:
+        doomed, folders = [], published(self.run_dir)
+        for old in folders[: len(folders) - self.keep]:
             step = step_of(old)
             if step in self.protected or (self.keep_every and step % self.keep_every == 0):
                 continue
-            doomed = old.with_name(f".{old.name}.deleting")
-            os.replace(old, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            doomed.append(old.with_name(f".{old.name}.deleting"))
+            os.replace(old, doomed[-1])
+        self._deleting = Thread(target=_delete, args=(doomed, self._deleting))  # 40 GB take longer than a step
+        self._deleting.start()
+
+
+def _delete(folders: list[Path], after: Optional[Thread]) -> None:
+    if after is not None:
+        after.join()
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _state_bytes(trainer: Trainer) -> int:
+    """What this rank is going to write, about; data-parallel ranks share what they all have."""
+    weights = sum(weight.nbytes for weight in trainer.strategy.megatron_parallel.parameters())
+    main = sum(weight.numel() for weight in trainer.optimizers[0].mcore_optimizer.main_parameters())
+    optimizer = 3 * 4 * main  # fp32 weights and Adam's two moments
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    sharded = trainer.strategy.ddp_config.use_distributed_optimizer
+    return int(1.02 * (weights / ranks + (optimizer if sharded else optimizer / ranks)))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Optional
 import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, clip_grads
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from nemo import lightning as nl
 from nemo.lightning.megatron_parallel import MegatronParallel
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from nemo_bluelm.runtime.param_groups import Multipliers, split_by
 from nemo_bluelm.runtime.sharing import sum_tile_gradients
+from nemo_bluelm.runtime.torch_adam import TorchDistributedOptimizer
 
 
 class Optimizer(nl.MegatronOptimizerModule):
@@ -37,7 +39,11 @@ class Optimizer(nl.MegatronOptimizerModule):
         with split_by(self.multipliers):
             optimizers = super().optimizers(model)
         for optimizer in optimizers:
-            optimizer.mcore_optimizer = _Chained(optimizer.mcore_optimizer.chained_optimizers)
+            parts = optimizer.mcore_optimizer.chained_optimizers
+            for part in parts if not HAVE_APEX_OR_TE else ():
+                if isinstance(part, DistributedOptimizer):
+                    part.__class__ = TorchDistributedOptimizer  # Megatron-Core makes it, by name
+            optimizer.mcore_optimizer = _Chained(parts)
         return optimizers
 
     def finalize_model_grads(
@@ -84,12 +90,13 @@ class _Chained(ChainedOptimizer):
             return False, norm, None
         if self.config.clip_grad > 0:
             factor = (self.config.clip_grad / (norm + 1e-6)).clamp(max=1.0).float()  # as clip_grad_by_total_norm_fp32
-            grads = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+            grads = [parameter.grad for parameter in self.main_parameters() if parameter.grad is not None]
             if grads:
                 torch._foreach_mul_(grads, factor)
         return self.step_with_ready_grads(), norm, None
 
-    def _parameters(self) -> list[Tensor]:
+    def main_parameters(self) -> list[Tensor]:
+        """What is updated: of a BF16 model, fp32 weights; of a distributed optimizer, this rank's shard of them."""
         return [parameter for optimizer in self.chained_optimizers for parameter in optimizer.get_parameters()]
 
     def _norm(self) -> Tensor:

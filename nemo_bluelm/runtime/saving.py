@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,41 +15,59 @@ from torch import Tensor
 
 from nemo_bluelm.runtime.checksums import Checksum, checksums
 
+_ALIGNMENT = 256  # bytes, of a copied tensor
+_TOUCHED_BY_A_THREAD = 2**28  # bytes at a time
+_TOUCHING_THREADS = 8
+
 
 class HostCopy:
     """The state of this rank in host memory, which every checkpoint uses again.
 
-    On a GPU the memory is pinned and copied to beside the kernels of the next step: forward and backward passes only
-    read weights and optimizer state, and :meth:`wait` holds the next update back until the copy is made.
+    On a GPU the memory is page-locked and copied to beside the kernels of the next step: forward and backward passes
+    only read weights and optimizer state, and :meth:`wait` holds the next update back until the copy is made.
     """
 
     def __init__(self):
-        self._memory: list[Tensor] = []
+        self._memory: Optional[Tensor] = None  # bytes
         self._stream: Optional[torch.cuda.Stream] = None
         self._copied: Optional[torch.cuda.Event] = None
 
+    def reserve(self, size: int, on_gpu: bool) -> None:
+        """Have memory for ``size`` bytes; locking the pages of 40 GB takes seconds, so do it before the training."""
+        if self._memory is not None and self._memory.numel() >= size:
+            return
+        self._release()
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        if on_gpu:
+            # Not by PyTorch's allocator of pinned memory, which rounds every tensor up to a power of two.
+            parts = self._memory.split(_TOUCHED_BY_A_THREAD)
+            with ThreadPoolExecutor(_TOUCHING_THREADS) as threads:
+                list(threads.map(Tensor.zero_, parts))  # the kernel maps pages one by one as they are touched
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0))
+            self._stream = torch.cuda.Stream()
+
     def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Begin to copy; the copies are there after :meth:`synchronize`."""
-        kinds = [(tensor.shape, tensor.dtype, tensor.is_cuda) for tensor in tensors]
-        if kinds != [(memory.shape, memory.dtype, memory.is_pinned()) for memory in self._memory]:
-            self._memory = []  # first, as there may be no room for both
-            self._memory = [torch.empty(shape, dtype=dtype, pin_memory=pin) for shape, dtype, pin in kinds]
         on_gpu = any(tensor.is_cuda for tensor in tensors)
-        if on_gpu and self._stream is None:
-            self._stream = torch.cuda.Stream()
-        if on_gpu:
-            self._stream.wait_stream(torch.cuda.current_stream())
-        for memory, tensor in zip(self._memory, tensors):
-            if tensor.is_cuda:
-                tensor.record_stream(self._stream)  # some are made for the checkpoint alone
-                with torch.cuda.stream(self._stream):
-                    memory.copy_(tensor, non_blocking=True)
-            else:
-                memory.copy_(tensor)
-        if on_gpu:
+        starts = [0, *accumulate(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors)]
+        self.reserve(starts[-1], on_gpu)
+        copies = [
+            self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for start, tensor in zip(starts, tensors)
+        ]
+        if not on_gpu:
+            for copy, tensor in zip(copies, tensors):
+                copy.copy_(tensor)
+            return copies
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for copy, tensor in zip(copies, tensors):
+                copy.copy_(tensor, non_blocking=True)
+                if tensor.is_cuda:
+                    tensor.record_stream(self._stream)  # some are made for the checkpoint alone
             self._copied = torch.cuda.Event()
-            self._copied.record(self._stream)
-        return self._memory
+            self._copied.record()
+        return copies
 
     def wait(self) -> None:
         """Let what is queued on the GPU from now on begin after the copy; the host doesn't wait."""
@@ -58,6 +77,11 @@ class HostCopy:
     def synchronize(self) -> None:
         if self._copied is not None:
             self._copied.synchronize()
+
+    def _release(self) -> None:
+        if self._stream is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+        self._memory = None  # before more is taken, as there may be no room for both
 
 
 class Writing(threading.Thread):

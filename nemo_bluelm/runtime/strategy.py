@@ -35,6 +35,18 @@ class Strategy(nl.MegatronStrategy):
     origins: Sequence[Origin] = ()
     _request: Optional[AsyncRequest] = None
 
+    @property
+    def sharded_state_dict_metadata(self) -> dict[str, Any]:
+        """Each rank writes its own shard of a distributed optimizer, as slices of the weights that any layout can read.
+
+        NeMo's choices are to gather all of it on every rank first, which takes longer than a step and eight times the
+        host's memory, or to write what no other tensor or pipeline parallelism can read.
+        """
+        metadata = super().sharded_state_dict_metadata
+        if "distrib_optim_sharding_type" in metadata:
+            metadata["distrib_optim_sharding_type"] = "fully_sharded_model_space"
+        return metadata
+
     def optimizer_step(self, optimizer, closure, model=None, **kwargs) -> Any:
         """One optimizer step; ``grad_norm`` is its gradient norm before clipping, fp64 [], the same on all ranks."""
 
@@ -60,6 +72,11 @@ class Strategy(nl.MegatronStrategy):
         without_manager()
         options = {"content_metadata": self.sharded_state_dict_metadata}
         self._request = self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=options)
+
+    def barrier(self, name: Optional[str] = None) -> None:
+        """Not after a checkpoint was planned: the ranks meet when it is published, and the host would wait here."""
+        if name != "Trainer.save_checkpoint":
+            super().barrier(name)
 
     def take_request(self) -> AsyncRequest:
         """What is left to do to the checkpoint that was saved last: write and finish it."""
@@ -112,7 +129,7 @@ def build_strategy(recipe: Recipe, origins: Sequence[Origin] = ()) -> Strategy:
         process_group_backend="nccl" if torch.cuda.is_available() else "gloo",
         ckpt_async_save=False,
         ckpt_parallel_load=False,
-        ckpt_optim_fully_reshardable=True,
+        ckpt_assume_constant_structure=True,  # of the state from step to step: planned and checked once a run
         restore_config=restore,
     )
     strategy.origins = origins

@@ -265,7 +265,6 @@ def test_recipe_not_found_names_the_nearest(tmp_path):
 
 
 MACHINE = {
-    "parallel.distributed_optimizer=true": "parallel.distributed_optimizer=false",
     "train.cuda_graphs=true": "train.cuda_graphs=false",
     "precision=fp8_current": "precision.fp8.recipe=null",
     "parallel.context=2 parallel.context_comm=p2p": "parallel.context_comm=all_gather",
