@@ -49,9 +49,7 @@ def measure(
         return json.loads(result.read_text())
 
 
-def measure_here(
-    path: str, steps: int, warmup: int, result: Path, profile: Path | None, save_every: int | None
-) -> int:
+def measure_here(path: str, steps: int, warmup: int, result: Path, profile: Path | None, save_every: int | None) -> int:
     """What :func:`measure` runs: train as this rank; rank 0 writes ``result``, and any rank whose memory runs out."""
     from nemo_bluelm.config.checks import check_machine, check_recipe
     from nemo_bluelm.runtime.environment import Launch, prepare, quiet

@@ -52,7 +52,8 @@ class Checkpoints(Callback):
         torch.distributed.barrier()
 
     def on_before_optimizer_step(self, *args) -> None:
-        self._copy.wait()
+        if self._writing is not None:
+            self._writing.copied.wait()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args) -> None:
         if self._written is not None and self._written.get()[0]:
@@ -88,7 +89,8 @@ class Checkpoints(Callback):
         partial.mkdir(parents=True, exist_ok=True)  # by each rank, whoever comes first
         with _cleared_on_error(partial):
             trainer.save_checkpoint(partial)
-            self._writing = Writing(trainer.strategy.take_request(), self._copy, partial)
+            plan, talks = trainer.strategy.take_plan()
+            self._writing = Writing(plan, talks, self._copy, partial)
         self._step = step
 
     def _publish(self, trainer: Trainer) -> None:

@@ -1,8 +1,10 @@
 """NeMo's MegatronStrategy with a recipe's layout, and the trainer around it."""
 
+import copy
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -33,7 +35,7 @@ class Strategy(nl.MegatronStrategy):
     """
 
     origins: Sequence[Origin] = ()
-    _request: Optional[AsyncRequest] = None
+    _plan: Optional[Callable[[], AsyncRequest]] = None
 
     @property
     def sharded_state_dict_metadata(self) -> dict[str, Any]:
@@ -60,7 +62,7 @@ class Strategy(nl.MegatronStrategy):
         return loss
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath, storage_options: Optional[Any] = None) -> None:
-        """Plan what each rank writes; :meth:`take_request` gives the writing."""
+        """Gather what each rank writes; :meth:`take_plan` gives the rest of the work."""
         ddp = self.ddp_config
         if ddp.use_distributed_optimizer and ddp.overlap_param_gather:
             self.megatron_parallel.force_param_sync()  # the next step's forward pass would gather them
@@ -70,18 +72,24 @@ class Strategy(nl.MegatronStrategy):
             checkpoint["optimizer_states"] = {}
             checkpoint["optimizer"] = [self.optimizer_sharded_state_dict()]
         without_manager()
+        tensors = {name: checkpoint.pop(name) for name in ("sharded_state_dict", "optimizer") if name in checkpoint}
+        fixed = {**copy.deepcopy(checkpoint), **tensors}  # the loader's state and the like go on
         options = {"content_metadata": self.sharded_state_dict_metadata}
-        self._request = self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=options)
+        self._plan = partial(self.checkpoint_io.save_checkpoint, fixed, filepath, storage_options=options)
 
     def barrier(self, name: Optional[str] = None) -> None:
         """Not after a checkpoint was planned: the ranks meet when it is published, and the host would wait here."""
         if name != "Trainer.save_checkpoint":
             super().barrier(name)
 
-    def take_request(self) -> AsyncRequest:
-        """What is left to do to the checkpoint that was saved last: write and finish it."""
-        request, self._request = self._request, None
-        return request
+    def take_plan(self) -> tuple[Callable[[], AsyncRequest], bool]:
+        """What is left to do for the checkpoint that was saved last, and whether ranks talk to each other in it.
+
+        They do until a second plan was the same as the first.
+        """
+        plan, self._plan = self._plan, None
+        writer = self.unwrapped_checkpoint_io.save_sharded_strategy
+        return plan, not getattr(writer, "base_strategy", writer).validated_cache_reuse
 
     def load_checkpoint(self, checkpoint_path, selective_restore: bool = False) -> dict[str, Any]:
         with reading(checkpoint_path):
