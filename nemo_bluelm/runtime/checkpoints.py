@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from megatron.core import parallel_state
 
-from nemo_bluelm.runtime.checksums import checksums, files_in, write_checksums
+from nemo_bluelm.runtime.checksums import CHECKSUMS_FILE, checksums, files_in, write_checksums
 from nemo_bluelm.runtime.later import Later, to_device
-from nemo_bluelm.runtime.run_dir import checkpoint_path, published, step_of
+from nemo_bluelm.runtime.run_dir import WEIGHTS_DIR, checkpoint_path, published, step_of
 from nemo_bluelm.runtime.saving import HostCopy, Writing
 
 _UNPUBLISHED = (".step_*.partial", ".step_*.deleting")  # what a killed run may leave
@@ -43,6 +43,7 @@ class Checkpoints(Callback):
         self._written: Optional[Later] = None  # whether it is, on all ranks
 
     def on_train_start(self, trainer: Trainer, *args) -> None:
+        self._step = trainer.global_step or None  # the run goes on from that checkpoint
         if trainer.is_global_zero:
             for pattern in _UNPUBLISHED:
                 for folder in (self.run_dir / "checkpoints").glob(pattern):
@@ -81,9 +82,9 @@ class Checkpoints(Callback):
     def save(self, trainer: Trainer) -> None:
         """Begin to write the state after ``trainer.global_step`` steps unless that is done already; for all ranks."""
         step = trainer.global_step
-        final = checkpoint_path(self.run_dir, step)
-        if self._step == step or final.exists():
+        if self._step == step:
             return
+        final = checkpoint_path(self.run_dir, step)
         self._publish(trainer)
         partial = final.with_name(f".{final.name}.partial")
         partial.mkdir(parents=True, exist_ok=True)  # by each rank, whoever comes first
@@ -109,7 +110,10 @@ class Checkpoints(Callback):
                     (partial / name).write_bytes(content)
                 others = [file for file in files_in(partial) if str(file.relative_to(partial)) not in known]
                 write_checksums(partial, known | checksums(partial, others))
-                os.replace(partial, partial.with_name(partial.name[1 : -len(".partial")]))
+                final = partial.with_name(partial.name[1 : -len(".partial")])
+                _sync(*others, partial / CHECKSUMS_FILE, partial / WEIGHTS_DIR, partial)
+                os.replace(partial, final)
+                _sync(final.parent)
                 self._prune()
         torch.distributed.barrier()
 
@@ -117,7 +121,7 @@ class Checkpoints(Callback):
         if self.keep < 0:
             return
         doomed, folders = [], published(self.run_dir)
-        for old in folders[: len(folders) - self.keep]:
+        for old in folders[: max(len(folders) - self.keep, 0)]:
             step = step_of(old)
             if step in self.protected or (self.keep_every and step % self.keep_every == 0):
                 continue
@@ -125,6 +129,16 @@ class Checkpoints(Callback):
             os.replace(old, doomed[-1])
         self._deleting = Thread(target=_delete, args=(doomed, self._deleting))  # 40 GB take longer than a step
         self._deleting.start()
+
+
+def _sync(*paths: Path) -> None:
+    """Have files and folders on the disk, so that a power cut can't leave a checkpoint's name without its content."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def _delete(folders: list[Path], after: Optional[Thread]) -> None:

@@ -46,11 +46,12 @@ def write_checksums(folder: Path, found: dict[str, Checksum]) -> None:
     (folder / CHECKSUMS_FILE).write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def find_damage(checkpoint: Path, share: int = 0, shares: int = 1) -> Optional[str]:
+def find_damage(checkpoint: Path, share: int = 0, shares: int = 1, names: Optional[set[str]] = None) -> Optional[str]:
     """What is wrong with a checkpoint, None if nothing is; one without checksums can't be told and passes.
 
     Args:
         share, shares: read one of so many parts of the files only, of about the same bytes each.
+        names: read these files only; None for all.
     """
     try:
         content = (checkpoint / CHECKSUMS_FILE).read_text()
@@ -62,8 +63,8 @@ def find_damage(checkpoint: Path, share: int = 0, shares: int = 1) -> Optional[s
         expected = {name: Checksum(**row) for name, row in json.loads(content).items()}
     except (ValueError, TypeError, AttributeError):
         return f"{CHECKSUMS_FILE} is cut off or overwritten"
-    largest_first = sorted(expected, key=lambda name: (-expected[name].bytes, name))
-    mine = largest_first[share::shares]
+    wanted = [name for name in expected if names is None or name in names]
+    mine = sorted(wanted, key=lambda name: (-expected[name].bytes, name))[share::shares]
     with ThreadPoolExecutor(_THREADS) as threads:
         return next(
             filter(None, threads.map(lambda name: _difference(checkpoint / name, name, expected[name]), mine)), None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Optional
 
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.runtime.checksums import find_damage
+from nemo_bluelm.runtime.checksums import CHECKSUMS_FILE, find_damage
 from nemo_bluelm.runtime.environment import Launch
 from nemo_bluelm.runtime.run_dir import Origin, checkpoint_path, published, step_of
 
@@ -57,9 +57,11 @@ def newest_whole(run_dir: Path, steps: list[int], ranks: Ranks) -> Path:
         UserError: none of them is; all are left where they are.
     """
     damaged: list[tuple[Path, str]] = []
-    for step in reversed(steps):
-        checkpoint = checkpoint_path(run_dir, step)
-        damage = ranks.find_damage(checkpoint)
+    checkpoints = [checkpoint_path(run_dir, step) for step in reversed(steps)]
+    listed = [(checkpoint / CHECKSUMS_FILE).exists() for checkpoint in checkpoints]
+    for checkpoint, has_list in zip(checkpoints, listed):
+        lost = f"{CHECKSUMS_FILE} is missing" if any(listed) and not has_list else ""
+        damage = next(filter(None, ranks.all(lost)), None) or ranks.find_damage(checkpoint)
         if damage is None:
             if ranks.rank == 0:
                 for other, reason in damaged:

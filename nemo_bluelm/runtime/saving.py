@@ -100,11 +100,14 @@ class Writing(threading.Thread):
         self.checksums: dict[str, Checksum] = {}
         self._error: Optional[Exception] = None
         self._request = plan() if talks else None
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         copy.mark()
         self.start()
 
     def run(self) -> None:
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)  # each thread begins with the first
             if self._request is None:
                 self._request = self._plan()
             if self._request.async_fn is None:

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.checksums import CHECKSUMS_FILE, find_damage
 
 # What PyTorch and Megatron-Core raise on files that are missing, cut, overwritten or of another program.
 UNREADABLE = (
@@ -34,12 +35,16 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
     Raises:
         UserError: they can't be read.
+        RuntimeError: they can, but a rank is gone: whoever started the ranks starts them again.
     """
     try:
         yield
     except UserError:
         raise
     except UNREADABLE as error:
+        listed = (Path(checkpoint) / CHECKSUMS_FILE).exists()
+        if isinstance(error, RuntimeError) and listed and find_damage(Path(checkpoint)) is None:
+            raise
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise UserError(
             f"checkpoint {checkpoint} is damaged ({reason}); remove that folder to go on from the one before, or name "

@@ -15,8 +15,17 @@ from nemo_bluelm.config.schema import DistillConfig, Recipe
 from nemo_bluelm.data.open import find
 from nemo_bluelm.data.teacher_logits import read_meta
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.runtime.checksums import find_damage
 from nemo_bluelm.runtime.parent import bound_to_this_process
-from nemo_bluelm.runtime.run_dir import Origin, newest, resolve_checkpoint, step_of
+from nemo_bluelm.runtime.run_dir import (
+    COMPLETE_FILE,
+    RECIPE_FILE,
+    Origin,
+    newest,
+    published,
+    resolve_checkpoint,
+    step_of,
+)
 from nemo_bluelm.train.continuity import check_init, check_resume, check_shapes, origin_parts
 from nemo_bluelm.train.pruning import prune
 from nemo_bluelm.train.teachers import check_teacher
@@ -129,8 +138,11 @@ def _check(
             prune(str(pipeline.stage(stage.teacher).folder), stage.folder, recipe, PRUNING_PACKS)
             return True
     elif begun:
-        check_resume(recipe, newest(stage.folder))
-        if step_of(newest(stage.folder)) >= recipe.train.steps:
+        for checkpoint in reversed(published(stage.folder)):
+            if find_damage(checkpoint, names={RECIPE_FILE}) is None:  # else training takes the one before, too
+                check_resume(recipe, checkpoint)
+                break
+        if (stage.folder / COMPLETE_FILE).exists() and step_of(newest(stage.folder)) >= recipe.train.steps:
             return True
     tokenizer, _ = find(recipe.data)
     for key, parts in ({} if begun else origin_parts(recipe)).items():

@@ -17,7 +17,7 @@ from nemo_bluelm.config.schema import DecodeDevice, Dtype, Recipe
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.runtime.environment import Launch, prepare, quiet
 from nemo_bluelm.runtime.recovery import Ranks, check_whole, newest_whole, published_steps
-from nemo_bluelm.runtime.run_dir import COMPLETE_FILE, LOCK_FILE, RECIPE_FILE, TOKENIZER_FILE, checkpoint_path, step_of
+from nemo_bluelm.runtime.run_dir import COMPLETE_FILE, LOCK_FILE, RECIPE_FILE, TOKENIZER_FILE, step_of
 from nemo_bluelm.train.continuity import check_frozen, check_init, check_resume, find_origins, resume_notices
 from nemo_bluelm.train.events import note, write_environment
 from nemo_bluelm.train.guards import positions_notice
@@ -45,16 +45,15 @@ def train(recipe: Recipe, make_job: Callable[[Recipe], Job] = NextToken) -> int:
     check_loggers(recipe.log)
     ranks = Ranks(launch)
     steps = published_steps(run_dir, ranks)
-    if steps:
-        newest = checkpoint_path(run_dir, steps[-1])
-        check_resume(recipe, newest)
-        if steps[-1] >= recipe.train.steps:
-            if rank == 0:
-                _mark_complete(run_dir, steps[-1])
-                print(f"{recipe.name} is complete: {newest} holds its last step")
-            return 0
     lock = _lock(run_dir) if steps and rank == 0 else None
     resume_from = newest_whole(run_dir, steps, ranks) if steps else None
+    if resume_from:
+        check_resume(recipe, resume_from)
+        if step_of(resume_from) >= recipe.train.steps:
+            if rank == 0:
+                _mark_complete(run_dir, step_of(resume_from))
+                print(f"{recipe.name} is complete: {resume_from} holds its last step")
+            return 0
     origins = [] if resume_from else find_origins(recipe)
     for origin in origins:
         check_whole(origin, ranks)

@@ -117,3 +117,20 @@ def test_none_is_whole(tmp_path):
     with pytest.raises(UserError, match="tokenizer.json is missing; none before it is whole"):
         newest_whole(tmp_path, [4], Ranks(Launch()))
     assert folder.is_dir()
+
+
+@pytest.mark.parametrize("keep, left", [(-1, 6), (0, 0), (1, 1), (2, 2), (3, 3), (5, 5), (9, 6)])
+def test_the_newest_are_kept(keep, left, tmp_path):
+    from nemo_bluelm.runtime.environment import prepare
+
+    prepare()
+    from nemo_bluelm.runtime.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(tmp_path, {}, save_every=1, keep=keep)
+    for step in range(1, 7):
+        checkpoint_path(tmp_path, step).mkdir(parents=True)
+        checkpoints._prune()
+    if checkpoints._deleting is not None:
+        checkpoints._deleting.join()
+    steps = range(7 - left, 7)
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {f"step_0000000{s}" for s in steps}

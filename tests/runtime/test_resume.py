@@ -99,12 +99,16 @@ def test_a_signal_saves_and_the_same_command_goes_on(uninterrupted, corpus, fork
 
 
 @pytest.mark.slow
-def test_a_run_of_four_ranks_goes_on_with_two(corpus, forks, tmp_path):
+@pytest.mark.parametrize(
+    "four, two",
+    [([], []), (["parallel.distributed_optimizer=true"], ["parallel.distributed_optimizer=true", "parallel.tensor=2"])],
+)
+def test_a_run_of_four_ranks_goes_on_with_two(four, two, corpus, forks, tmp_path):
     """The global batches are the same, so the curve is that of any number of ranks, to rounding."""
     layout = ["train.global_batch_size=4", "optim.schedule=constant", "optim.decay_steps=null", "optim.warmup_steps=2"]
     forks.run(*command(corpus, tmp_path / "alone", *layout, "train.steps=6"))
-    run(*command(corpus, tmp_path / "run", *layout, "train.steps=3", "--nproc", "4"))
-    forks.run(*command(corpus, tmp_path / "run", *layout, "train.steps=6"), ranks=2)
+    run(*command(corpus, tmp_path / "run", *layout, *four, "train.steps=3", "--nproc", "4"))
+    forks.run(*command(corpus, tmp_path / "run", *layout, *two, "train.steps=6"), ranks=2)
     expected, found = curve(tmp_path / "alone"), curve(tmp_path / "run")
     assert [row[0] for row in found] == list(range(1, 7))
     assert [row[1] for row in found] == pytest.approx([row[1] for row in expected], rel=1e-5)

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from nemo_bluelm.errors import UserError
 from tests.runtime.processes import TRAIN, finish, start
 
 PACKS = ["train.global_batch_size=1", "data.sequence_length=256", "~data.sources.needle"]  # whose documents are longer
@@ -15,7 +16,10 @@ DAMAGE = {
     "weights missing": lambda folder: (folder / "weights" / "__0_1.distcp").unlink(),
     "state overwritten": lambda folder: (folder / "weights" / "common.pt").write_text("x"),
     "metadata missing": lambda folder: (folder / "weights" / ".metadata").unlink(),
+    "recipe cut": lambda folder: (folder / "recipe.yaml").write_bytes((folder / "recipe.yaml").read_bytes()[:700]),
+    "checksums missing": lambda folder: (folder / "checksums.json").unlink(),
 }
+FILE = {"recipe cut": "recipe.yaml", "checksums missing": "checksums.json"}
 
 
 def command(corpus, run_dir, steps):
@@ -36,15 +40,29 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(damage, fo
     shutil.copytree(four_steps, run_dir)
     newest = run_dir / "checkpoints" / "step_00000004"
     DAMAGE[damage](newest)
-    output = forks.run(*command(corpus, run_dir, 5))
-    told, notice, *_ = output.splitlines()
-    assert told.startswith(f"checkpoint {newest} is damaged: weights/"), output
-    assert told.endswith("; it is step_00000004.damaged now, and the run goes on from step_00000002"), output
-    assert "train.steps is 5, but was 4" in notice, output
+    assert (run_dir / "complete").exists()
+    told, *_ = forks.run(*command(corpus, run_dir, 4)).splitlines()
+    assert told.startswith(f"checkpoint {newest} is damaged: {FILE.get(damage, 'weights/')}"), told
+    assert told.endswith("; it is step_00000004.damaged now, and the run goes on from step_00000002"), told
+    assert (run_dir / "metrics.jsonl").read_text().count("\n") == 4
     left = {folder.name for folder in newest.parent.iterdir()}
-    assert left == {"step_00000004", "step_00000004.damaged", "step_00000005"}
+    assert left == {"step_00000002", "step_00000004", "step_00000004.damaged"}
     starts = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert [(row["event"], row["step"]) for row in starts] == [("start", 0), ("start", 2)]
+
+
+def test_an_error_of_another_rank_is_not_called_damage(four_steps):
+    """The last rank's death reaches the others as a RuntimeError in what they do just then."""
+    from nemo_bluelm.runtime.environment import prepare
+
+    prepare()
+    from nemo_bluelm.runtime.storage import reading
+
+    checkpoint = four_steps / "checkpoints" / "step_00000004"
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), reading(checkpoint):
+        raise RuntimeError("Connection closed by peer")
+    with pytest.raises(UserError, match="is damaged"), reading(checkpoint.parent):
+        raise RuntimeError("no checkpoint, so no checksums")
 
 
 @pytest.mark.slow
