@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_bluelm.bench import hf_run, train
-from nemo_bluelm.bench.figures import is_out_of_memory, rates
+from nemo_bluelm.bench.figures import is_out_of_memory, rates, stalls
 from nemo_bluelm.config.compose import load_recipe
 
 
@@ -98,3 +98,13 @@ def test_waiting_is_the_time_in_the_loader():
     for _ in _Fed(slow(), waited.append):
         time.sleep(0.02)  # training, which doesn't count
     assert len(waited) == 3 and waited[1] >= 0.05 and waited[0] < 0.02 and waited[2] < 0.02
+
+
+def test_stalls_are_what_the_steps_after_a_checkpoint_took_longer():
+    seconds = [1.0] * 12
+    seconds[3] += 0.5  # of the run's step 6, the first after the checkpoint of step 5
+    seconds[5] += 0.25  # where it was published
+    seconds[8] += 0.5  # after that of step 10
+    assert stalls(seconds, before=2, save_every=5) == {"stalls": [0.75], "of_a_step": 0.75}
+    assert stalls(seconds, before=2, save_every=4) == {"stalls": [0.75, 0.5], "of_a_step": 0.625}
+    assert stalls(seconds, before=2, save_every=40) == {"stalls": [], "of_a_step": None}
