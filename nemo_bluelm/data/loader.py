@@ -120,7 +120,7 @@ class PackLoader:
         texts = [self._hole(d) if fault else e for d, e, fault in zip(documents, encoded, faults)]
         side = self.geometry.tile
         whole = torch.cat(kept) if kept else torch.empty(0, 3, side, side, dtype=torch.uint8)
-        batch = self._collate(texts, whole)
+        batch = self._collate(texts, whole, [piece.table for piece in pack.pieces])
         if self.teacher is not None:
             batch = self.teacher.add_to(batch, marked)
         return LoadedPack(pack.number, batch, tuple(marked))
@@ -173,8 +173,8 @@ class PackLoader:
     def _hole(self, document: Document) -> Encoded:
         return Encoded([self.tokenizer.pad] * document.length, [False] * document.length)
 
-    def _collate(self, texts: list[Encoded], tiles: torch.Tensor) -> PackedBatch:
-        return collate(texts, tiles, self.plan.sequence_length, self.plan.alignment, self.tokenizer.pad)
+    def _collate(self, texts: list[Encoded], tiles: torch.Tensor, sources: list[int]) -> PackedBatch:
+        return collate(texts, tiles, self.plan.sequence_length, self.plan.alignment, self.tokenizer.pad, sources)
 
     def _record(self, documents: list[Document], faults: "list[_Fault | None]") -> None:
         """Count the pack's samples, write the bad ones to the ledger, and stop where there are too many."""

@@ -4,7 +4,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ _WIRE = {
     "cu_seqlens_padded": np.int32,
 }
 _ROWS = ("tokens", "labels", "loss_mask", "position_ids")
-_TEACHER = ("teacher_ids", "teacher_scores")
+_OPTIONAL = ("sources", "teacher_ids", "teacher_scores")  # of rows, too, where they are not None
 _FIELDS = {**_WIRE, "tokens": np.int64, "labels": np.int64, "loss_mask": np.float32, "position_ids": np.int64}
 
 
@@ -52,6 +52,7 @@ class PackedBatch:
         equal_segments: how many segments there are, if they have one padded length; else, or if unknown, 0.
         shares: by rank of the tensor and context group the places of the tiles that it holds, where each holds some of
             the row's tiles (see :mod:`nemo_bluelm.runtime.sharing`); None where ``tiles`` are all.
+        sources: uint8 [1, S], the place of each token's source among the run's; None where nobody asks.
         teacher_ids, teacher_scores: int32 and float16 or float32 [1, S, k], a teacher's likeliest tokens after each and
             their log-probabilities; None in a run that learns from no stored logits.
     """
@@ -67,6 +68,7 @@ class PackedBatch:
     bounds: tuple[int, ...] = ()
     equal_segments: int | None = None
     shares: tuple[tuple[int, ...], ...] | None = None
+    sources: torch.Tensor | None = None
     teacher_ids: torch.Tensor | None = None
     teacher_scores: torch.Tensor | None = None
 
@@ -85,7 +87,7 @@ class PackedBatch:
     def text_to_bytes(self) -> bytes:
         """All but the pixels, compressed: what a rank needs that decodes none."""
         whole = {name: getattr(self, name).numpy().astype(dtype) for name, dtype in _WIRE.items()}
-        whole |= {name: getattr(self, name).numpy() for name in _TEACHER if getattr(self, name) is not None}
+        whole |= {name: getattr(self, name).numpy() for name in _OPTIONAL if getattr(self, name) is not None}
         file = io.BytesIO()
         np.savez_compressed(file, **whole, max_seqlen=self.max_seqlen, tiles=self.tiles.shape)
         return file.getvalue()
@@ -95,7 +97,7 @@ class PackedBatch:
         """The pack of :meth:`text_to_bytes`; its ``tiles`` have their shape, but lie on the "meta" device."""
         with np.load(io.BytesIO(data)) as whole:
             text = {name: torch.from_numpy(whole[name].astype(_FIELDS[name])) for name in _WIRE}
-            text |= {name: torch.from_numpy(whole[name]) for name in _TEACHER if name in whole}
+            text |= {name: torch.from_numpy(whole[name]) for name in _OPTIONAL if name in whole}
             tiles = torch.empty(*whole["tiles"].tolist(), dtype=torch.uint8, device="meta")
             return cls(**text, max_seqlen=int(whole["max_seqlen"]), tiles=tiles)
 
@@ -169,8 +171,8 @@ def join(packs: Sequence[PackedBatch]) -> PackedBatch:
     """
     if len(packs) == 1:
         return packs[0]
-    rows = _ROWS if packs[0].teacher_ids is None else _ROWS + _TEACHER
-    rows = {name: torch.cat([getattr(pack, name) for pack in packs], dim=1) for name in rows}
+    there = [*_ROWS, *(name for name in _OPTIONAL if getattr(packs[0], name) is not None)]
+    rows = {name: torch.cat([getattr(pack, name) for pack in packs], dim=1) for name in there}
     return PackedBatch(
         **rows,
         cu_seqlens=_end_to_end([pack.cu_seqlens for pack in packs]),
@@ -192,7 +194,12 @@ def padded_length(length: int, alignment: int) -> int:
 
 
 def collate(
-    documents: Sequence[Encoded], tiles: torch.Tensor, sequence_length: int, alignment: int, pad: int
+    documents: Sequence[Encoded],
+    tiles: torch.Tensor,
+    sequence_length: int,
+    alignment: int,
+    pad: int,
+    sources: Sequence[int] | None = None,
 ) -> PackedBatch:
     """Lay ``documents`` end to end.
 
@@ -200,6 +207,7 @@ def collate(
         tiles: uint8 [tiles, 3, T, T] of all documents, in order.
         sequence_length: S, a multiple of ``alignment``.
         pad: id of the pad token.
+        sources: the place of each document's source among the run's, below 256; None where nobody asks.
 
     Raises:
         ValueError: the documents don't fit, or S isn't a multiple of the alignment. The plan rules both out.
@@ -210,8 +218,9 @@ def collate(
     labels = torch.full((sequence_length,), pad, dtype=torch.int64)
     loss_mask = torch.zeros(sequence_length)
     position_ids = torch.zeros(sequence_length, dtype=torch.int64)
+    source_of = torch.zeros(sequence_length, dtype=torch.uint8)
     real, padded = [0], [0]
-    for document in documents:
+    for document, source in zip_longest(documents, sources or (), fillvalue=0):
         start, length = padded[-1], len(document.tokens)
         end = start + padded_length(length, alignment)
         if end > sequence_length:
@@ -221,6 +230,7 @@ def collate(
         labels[start : start + length - 1] = ids[1:]
         loss_mask[start : start + length - 1] = torch.tensor(document.loss_mask[1:], dtype=torch.float32)
         position_ids[start:end] = torch.arange(end - start)
+        source_of[start:end] = source
         real.append(real[-1] + length)
         padded.append(end)
     if padded[-1] < sequence_length:
@@ -236,4 +246,5 @@ def collate(
         cu_seqlens_padded=torch.tensor(padded, dtype=torch.int32),
         max_seqlen=max(end - start for start, end in zip(padded, padded[1:])),
         tiles=tiles,
+        sources=None if sources is None else source_of[None],
     )

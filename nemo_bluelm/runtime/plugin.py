@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Optional
 
 import lightning.pytorch as L
@@ -29,7 +30,7 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
     Args:
         recipe: shapes, layout, precision, seed and frozen parts.
         image_token_id: id of the tokenizer's image placeholder.
-        loss: reduction of per-token losses to the training loss.
+        loss: makes the reduction of per-token losses to the training loss.
         optim: NeMo optimizer module; None for a model that is not trained.
     """
 
@@ -37,7 +38,7 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
         self,
         recipe: Recipe,
         image_token_id: int,
-        loss: type[MegatronLossReduction],
+        loss: Callable[[], MegatronLossReduction],
         optim: Optional[nl.MegatronOptimizerModule] = None,
     ):
         super().__init__()
@@ -117,6 +118,18 @@ class BlueLM(L.LightningModule, io.IOMixin, io.ConnectorMixin):
     def other_losses(self) -> dict[str, Tensor]:
         """What else than the loss the last step has to report, fp32 [] each, by its name in metrics.jsonl."""
         return {}
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the run's sources, where its loss tells them apart."""
+        return getattr(self._loss, "sources", ())
+
+    def loss_by_source(self) -> Tensor:
+        """Mean loss of each source's targets in the last step, fp32 [sources], NaN where it had none; 0 on other
+        pipeline stages than the last."""
+        if parallel_state.is_pipeline_last_stage() and self.sources:
+            return self._loss.by_source
+        return torch.zeros(len(self.sources), device=self.device)
 
     def step_flops(self, lengths: list[int], tiles: int) -> int:
         """Model FLOPs of one micro-batch: documents of ``lengths`` real tokens, and their tiles."""

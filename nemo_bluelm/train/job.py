@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Optional
 
 from nemo_bluelm.config.schema import Recipe
@@ -100,7 +101,9 @@ class NextToken(Job):
         from nemo_bluelm.train.distill import module_class
         from nemo_bluelm.train.losses import TokenLoss
 
-        return module_class(self.recipe)(self.recipe, self.tokenizer.image, TokenLoss, optimizer)
+        # NeMo builds the module of every further virtual stage anew, from what this one is built from.
+        loss = partial(TokenLoss, tuple(table.name for table in self.loader.plan.tables))
+        return module_class(self.recipe)(self.recipe, self.tokenizer.image, loss, optimizer)
 
     def data_module(self) -> "L.LightningDataModule":
         from nemo_bluelm.runtime.data import PackDataModule

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -29,20 +29,22 @@ class _Step:
     number: int
     lr: float
     tokens_by_source: dict[str, int]
-    sums: Later  # loss and gradient norm, then tokens, bad samples and FLOPs over all data-parallel ranks
+    sources: tuple[str, ...]
+    sums: Later  # loss, each source's, gradient norm, then tokens, bad samples and FLOPs over all data-parallel ranks
     others: dict[str, Later]  # other losses
     begun: Stamp
     ended: Stamp
 
 
 class Metrics(Callback):
-    """Writes step, loss, lr, grad_norm, tokens, tokens_by_source, seconds, tokens_per_second, tflops, mfu and
-    bad_samples of every step.
+    """Writes step, loss, loss_by_source, lr, grad_norm, tokens, tokens_by_source, seconds, tokens_per_second, tflops,
+    mfu and bad_samples of every step.
 
     A step is reported at the end of the next one, so that the host needn't wait for the GPU; the last one at the end,
     and every one before its checkpoint is published.
 
     - ``loss`` is the mean over all target tokens of the global batch; ``tokens`` counts real tokens, not padding.
+    - ``loss_by_source`` has the mean of each source that the step had targets of; not in runs of another objective.
     - ``tokens_by_source`` has those of all steps of the run so far, as {name in data.sources: tokens}.
     - ``lr`` is the schedule's, before what ``optim.parts`` and ``optim.vision_layer_decay`` make of it.
     - ``seconds`` is the time from the end of the step before, on the GPU's clock, with what a checkpoint holds it up.
@@ -108,7 +110,7 @@ class Metrics(Callback):
         self.lr = group["lr"] / group["pre_lr_mult"]  # NeMo's name for what Megatron multiplied it with
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        loss = outputs["loss"].detach().double().reshape(1).clone()
+        loss = torch.cat((outputs["loss"].detach().double().reshape(1), module.loss_by_source().double()))
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             group = parallel_state.get_pipeline_model_parallel_group()
             torch.distributed.broadcast(loss, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
@@ -121,6 +123,7 @@ class Metrics(Callback):
             number=trainer.global_step,
             lr=self.lr,
             tokens_by_source=trainer.datamodule.tokens_by_source(),
+            sources=module.sources,
             sums=Later(torch.cat((loss, trainer.strategy.grad_norm.reshape(1), sums))),
             others={name: Later(value.reshape(1).clone()) for name, value in module.other_losses().items()},
             begun=begun,
@@ -137,7 +140,7 @@ class Metrics(Callback):
         step, self._step = self._step, None
         if step is None:
             return
-        loss, grad_norm, tokens, bad_samples, flops = step.sums.get()
+        loss, *by_source, grad_norm, tokens, bad_samples, flops = step.sums.get()
         for what, value in (("loss", loss), ("gradient", grad_norm)):
             if self.ends_on_nan and not math.isfinite(value):
                 raise UserError(
@@ -151,6 +154,7 @@ class Metrics(Callback):
         self._report(
             step=step.number,
             loss=loss,
+            **({"loss_by_source": _finite(zip(step.sources, by_source))} if step.sources else {}),
             lr=step.lr,
             grad_norm=grad_norm,
             tokens=int(tokens),
@@ -185,3 +189,7 @@ class Metrics(Callback):
             self.file.close()
             if self.loggers is not None:
                 self.loggers.close()
+
+
+def _finite(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    return {name: value for name, value in values if math.isfinite(value)}

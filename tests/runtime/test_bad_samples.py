@@ -59,6 +59,8 @@ def test_every_rank_leaves_out_the_same_samples(layout, alone, damaged, forks, t
     expected, ledger = alone
     forks.run(*command(damaged, tmp_path, layout), ranks=2)
     assert [row["loss"] for row in rows(tmp_path)] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    for row, other in zip(rows(tmp_path), expected):
+        assert row["loss_by_source"] == pytest.approx(other["loss_by_source"], rel=1e-5)
     assert rows(tmp_path)[-1]["bad_samples"] > 0
     found = Ledger(tmp_path / "index" / "quarantine.jsonl").entries()
     assert len(found) == len({(entry.shard, entry.offset) for entry in found})

@@ -43,7 +43,12 @@ class Run:
     def __init__(self, run_dir, steps=10, step=0, **options):
         self.metrics = Metrics(run_dir, "probe", steps, log_every=1, **options)
         others = {"divergence": torch.tensor(0.5)}
-        self.module = SimpleNamespace(device=torch.device("cpu"), other_losses=lambda: others)
+        self.module = SimpleNamespace(
+            device=torch.device("cpu"),
+            other_losses=lambda: others,
+            sources=("text", "photos"),
+            loss_by_source=lambda: torch.tensor([1.25, torch.nan]),
+        )
         self.trainer = SimpleNamespace(
             is_global_zero=True,
             global_step=step,
@@ -84,6 +89,7 @@ def test_a_step_is_reported_after_the_next_and_the_last_at_the_end(world, tmp_pa
         {
             **{"step": 1, "loss": 1.5, "lr": 0.5, "grad_norm": 2.0, "tokens": 100, "seconds": 1.0},
             **{
+                "loss_by_source": {"text": 1.25},
                 "tokens_by_source": {"text": 60},
                 "tokens_per_second": 100.0,
                 "tflops": 4.0,
@@ -95,6 +101,7 @@ def test_a_step_is_reported_after_the_next_and_the_last_at_the_end(world, tmp_pa
         {
             **{"step": 2, "loss": 1.25, "lr": 0.5, "grad_norm": 2.0, "tokens": 50, "seconds": 2.0},
             **{
+                "loss_by_source": {"text": 1.25},
                 "tokens_by_source": {"text": 120},
                 "tokens_per_second": 25.0,
                 "tflops": 3.0,
