@@ -108,6 +108,7 @@ def weights_of(folder):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(6000)
 def test_twenty_kills_of_random_ranks_in_the_tiny_pipeline_change_no_bit(corpus, tmp_path):
     """Of 2 ranks, at random moments of the whole pipeline, starts and saves among them."""
     settings = [*TRAIN, "tiny/pipeline", f"data.root={corpus}", f"data.index={tmp_path / 'index'}", "--nproc", "2"]
