@@ -17,6 +17,10 @@ HOST=$(hostname -s)
 export SLURM_CONF=$DIR/slurm.conf
 
 die() { echo "local_slurm: $*" >&2; exit 1; }
+MARK=$DIR/.local_slurm                   # only a folder of its own is used or removed
+if [ -e "$DIR" ] && [ -n "$(ls -A "$DIR")" ] && { [ ! -e "$MARK" ] || [ ! -O "$MARK" ]; }; then
+  die "$DIR is not a folder of this script's; set LOCAL_SLURM_DIR to one that doesn't exist"
+fi
 # Whether the daemon of a pid file is there: a process that has ended may stay a zombie where nobody reaps it, and its
 # number may be another program's by now.
 lives() {
@@ -115,6 +119,7 @@ up() {
   command -v apt-get >/dev/null || die "it installs Debian's packages, and there is no apt-get"
   packages
   mkdir -p "$DIR"/state "$DIR"/munge
+  : >"$MARK"
   chmod 755 "$DIR" "$DIR"/munge          # munged refuses folders that others can write
   if ! lives "$DIR/munged.pid"; then
     rm -f "$DIR"/munge/socket*

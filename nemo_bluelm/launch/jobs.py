@@ -28,11 +28,13 @@ class Unit:
         command: words behind ``nemo-bluelm``.
         folder: the run's, absolute.
         marker: a file or folder that is there once the run is complete, and only then.
+        done: whether it is, of all steps that are wanted now.
     """
 
     command: tuple[str, ...]
     folder: Path
     marker: Path
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,6 @@ class Job:
         units: what it runs; several are an array.
         nodes, tasks: how many nodes, and ranks on each.
         after: jobs that must have ended well before.
-        done: whether all its runs are complete already.
     """
 
     name: str
@@ -53,7 +54,11 @@ class Job:
     nodes: int
     tasks: int
     after: tuple[str, ...] = ()
-    done: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether all its runs are complete already."""
+        return all(unit.done for unit in self.units)
 
     def control_of(self, number: int) -> Path:
         """Control files and logs of a run."""
@@ -93,14 +98,14 @@ def plan_jobs(
         plan = _of_pipeline(ablation.chain, ablation.out, nodes, default, tasks)
         command = ("ablate", recipe, *overrides, "--out", str(ablation.out.absolute()))
         marker = ablation.out.absolute() / "table.md"
+        measured = marker.exists() and all(job.done for job in plan.jobs)
         last = Job(
             name=MEASURES,
             control=plan.root / LAUNCH_DIR / MEASURES,
-            units=(Unit(command, plan.root, marker),),
+            units=(Unit(command, plan.root, marker, measured),),
             nodes=1,
             tasks=1,
             after=tuple(job.name for job in plan.jobs),
-            done=marker.exists(),
         )
         return Plan(ablation.chain.name, plan.root, (*plan.jobs, last))
     if is_pipeline(recipe):
@@ -122,9 +127,8 @@ def _of_pipeline(pipeline: Pipeline, root: Path, nodes: dict[str, int], default:
     jobs = []
     for stage in pipeline.stages:
         folder = stage.folder.absolute()
-        unit = Unit(
-            tuple(arguments(stage, pipeline)), folder, folder / (WEIGHTS_DIR if stage.teacher else COMPLETE_FILE)
-        )
+        marker = folder / (WEIGHTS_DIR if stage.teacher else COMPLETE_FILE)
+        unit = Unit(tuple(arguments(stage, pipeline)), folder, marker, done[stage.name])
         jobs.append(
             Job(
                 name=stage.name,
@@ -133,7 +137,6 @@ def _of_pipeline(pipeline: Pipeline, root: Path, nodes: dict[str, int], default:
                 nodes=1 if stage.teacher else sizes[stage.name],
                 tasks=1 if stage.teacher else tasks,
                 after=stage.after,
-                done=done[stage.name],
             )
         )
     return Plan(pipeline.name, root, tuple(jobs))
@@ -161,7 +164,7 @@ def _of_recipe(recipe: str, overrides: list[str], sweep: Sequence[str], nodes: i
 def _job(
     name: str, root: Path, folder: Optional[Path], runs: list[tuple[str, list[str]]], nodes: int, tasks: int
 ) -> Job:
-    units, done = [], True
+    units = []
     for recipe, overrides in runs:
         resolved = load_recipe(recipe, overrides)
         check_recipe(resolved, nodes * tasks)
@@ -169,9 +172,9 @@ def _job(
         overrides = [text for text in overrides if override_key(text) != "run_dir"] + [f"run_dir={quoted(run_dir)}"]
         stage = Stage(name, recipe, tuple(overrides), run_dir, ())
         pipeline = Pipeline(name, (stage,))
-        done &= check_stages(pipeline, {name: nodes * tasks}, here=False)[name]
-        units.append(Unit(tuple(arguments(stage, pipeline)), run_dir, run_dir / COMPLETE_FILE))
-    return Job(name, root / LAUNCH_DIR / name, tuple(units), nodes, tasks, done=done)
+        done = check_stages(pipeline, {name: nodes * tasks}, here=False)[name]
+        units.append(Unit(tuple(arguments(stage, pipeline)), run_dir, run_dir / COMPLETE_FILE, done))
+    return Job(name, root / LAUNCH_DIR / name, tuple(units), nodes, tasks)
 
 
 def _is_ablation(recipe: str) -> bool:

@@ -15,7 +15,7 @@ from nemo_bluelm.errors import UserError
 from nemo_bluelm.launch import slurm
 from nemo_bluelm.launch.cluster import ClusterConfig, Resume, check_mounted, missing_secrets, seconds
 from nemo_bluelm.launch.jobs import LAUNCH_DIR, Job, Plan
-from nemo_bluelm.launch.script import LOGS, SCRIPT, TASK, script_of, secrets_file, task_of
+from nemo_bluelm.launch.script import LOGS, SCRIPT, SECRETS, TASK, script_of, secrets_file, task_of
 from nemo_bluelm.runtime.run_dir import newest, step_of
 
 STATE_FILE = "jobs.json"  # in LAUNCH_DIR
@@ -55,7 +55,7 @@ def launch(plan: Plan, cluster: ClusterConfig) -> dict[str, list[str]]:
     if problem := slurm.account_problem(cluster.partition, cluster.account):
         raise UserError(problem)
     with _locked(plan.root):
-        known = _read_state(plan.root)
+        known, words = _read_state(plan.root)
         submitted: dict[str, list[str]] = {}
         new: list[str] = []
         try:
@@ -66,7 +66,16 @@ def launch(plan: Plan, cluster: ClusterConfig) -> dict[str, list[str]]:
                     print(f"{job.name}: complete", file=sys.stderr)
                     continue
                 ids = known.get(job.name, [])
-                if ids and (found := slurm.state(ids[-1])).active:
+                found, wanted = _state(ids), _commands(job)
+                if found.active and words.get(job.name, wanted) != wanted:
+                    raise UserError(
+                        f"{job.name}: job {ids[-1]} is {found.word} with other words; wait for it, end it by "
+                        f"'nemo-bluelm launch cancel {plan.root}', or choose another run_dir"
+                    )
+                renewed = any(submitted[name][-1] in new for name in job.after if name in submitted)
+                if found.word == "PENDING" and renewed:
+                    slurm.cancel(list(reversed(ids)))  # it waits for a job that is gone
+                elif found.active:
                     print(f"{job.name}: job {ids[-1]} is {found.word} already", file=sys.stderr)
                     submitted[job.name] = ids
                     continue
@@ -83,7 +92,8 @@ def launch(plan: Plan, cluster: ClusterConfig) -> dict[str, list[str]]:
         except BaseException:
             slurm.cancel(list(reversed(new)))
             raise
-        content = {"name": plan.name, "jobs": known | submitted, "runs": _runs(plan)}
+        commands = {job.name: _commands(job) for job in plan.jobs}
+        content = {"name": plan.name, "jobs": known | submitted, "commands": commands, "runs": _runs(plan)}
         write_atomically(_state_file(plan.root), (json.dumps(content, indent=1) + "\n").encode())
     return submitted
 
@@ -98,7 +108,7 @@ def status(root: Path) -> list[dict[str, Any]]:
     content = _read(root)
     for run in content["runs"]:
         ids = content["jobs"].get(run["job"], [])
-        state = slurm.state(ids[-1]) if ids else slurm.State("-")
+        state = _state([f"{one}_{run['task']}" for one in ids] if "task" in run else ids)
         folder, attempts = Path(run["folder"]), _attempts(Path(run["control"]))
         under_way = state.active and attempts and len(attempts[-1]) < 5
         if Path(run["marker"]).exists() and not under_way:
@@ -148,9 +158,11 @@ def cancel(root: Path) -> list[str]:
         for run in content["runs"]:
             Path(run["control"]).mkdir(parents=True, exist_ok=True)
             (Path(run["control"]) / CANCEL_FILE).touch()  # a requeue that is under way ends at once
-        ids = [job for several in content["jobs"].values() for job in several if slurm.state(job).active]
-        slurm.cancel(list(reversed(ids)))
-    return ids
+        (root / LAUNCH_DIR / SECRETS).unlink(missing_ok=True)
+        ids = [job for several in content["jobs"].values() for job in several]
+        active = [job for job in ids if slurm.state(job).active]
+        slurm.cancel(list(reversed(ids)))  # all: one may have become active meanwhile
+    return active
 
 
 def _write_files(job: Job, plan: Plan, cluster: ClusterConfig) -> None:
@@ -158,7 +170,7 @@ def _write_files(job: Job, plan: Plan, cluster: ClusterConfig) -> None:
         control = job.control_of(number)
         (control / LOGS).mkdir(parents=True, exist_ok=True)
         (control / CANCEL_FILE).unlink(missing_ok=True)
-        if not job.done and unit.marker.is_file():
+        if not unit.done and unit.marker.is_file():
             unit.marker.unlink()  # of fewer steps than are wanted now
         write_atomically(control / TASK, task_of(unit, cluster).encode())
         _close_book(control)
@@ -166,12 +178,14 @@ def _write_files(job: Job, plan: Plan, cluster: ClusterConfig) -> None:
 
 
 def _close_book(control: Path) -> None:
-    """A launch by hand starts the counts of crashes and stalls anew; the attempts before are kept beside."""
+    """A launch by hand starts the counts of crashes and stalls and the list of nodes that weren't well anew; the
+    attempts before are kept beside."""
     attempts = control / "attempts.tsv"
     if attempts.exists():
         with (control / "attempts_before.tsv").open("a") as before:
             before.write(attempts.read_text())
         attempts.unlink()
+    (control / "excluded").unlink(missing_ok=True)
 
 
 def _attempts(control: Path) -> list[list[str]]:
@@ -182,7 +196,17 @@ def _attempts(control: Path) -> list[list[str]]:
     return [line.split("\t") for line in lines]
 
 
-def _runs(plan: Plan) -> list[dict[str, str]]:
+def _commands(job: Job) -> list[list[str]]:
+    return [list(unit.command) for unit in job.units]
+
+
+def _state(ids: list[str]) -> slurm.State:
+    """Of a job, or of a chain of them: the first that is not over, or else the last."""
+    states = [slurm.state(job) for job in ids]
+    return next((state for state in states if state.active), states[-1] if states else slurm.State("-"))
+
+
+def _runs(plan: Plan) -> list[dict[str, Any]]:
     return [
         {
             "name": job.name if len(job.units) == 1 else unit.folder.name,
@@ -190,6 +214,7 @@ def _runs(plan: Plan) -> list[dict[str, str]]:
             "control": str(job.control_of(number)),
             "folder": str(unit.folder),
             "marker": str(unit.marker),
+            **({"task": number} if len(job.units) > 1 else {}),
         }
         for job in plan.jobs
         for number, unit in enumerate(job.units)
@@ -209,8 +234,10 @@ def _state_file(root: Path) -> Path:
     return root / LAUNCH_DIR / STATE_FILE
 
 
-def _read_state(root: Path) -> dict[str, list[str]]:
-    return _read(root)["jobs"] if _state_file(root).exists() else {}
+def _read_state(root: Path) -> tuple[dict[str, list[str]], dict[str, list[list[str]]]]:
+    """Ids and commands of each job that was handed in before."""
+    content = _read(root) if _state_file(root).exists() else {"jobs": {}}
+    return content["jobs"], content.get("commands", {})
 
 
 def _read(root: Path) -> dict[str, Any]:

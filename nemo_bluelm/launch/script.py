@@ -104,13 +104,14 @@ def _directives(job: Job, plan: Plan, cluster: ClusterConfig, folder: Path) -> d
     if array:
         found["array"] = f"0-{len(job.units) - 1}"
     found["requeue" if cluster.resume is Resume.requeue else "no-requeue"] = True
-    found["chdir"] = _directive(str(folder))
+    found["chdir"] = str(folder)
     found["signal"] = f"B:USR1@{cluster.warn_before}"  # to this script; when the ranks are told is its business
     found["open-mode"] = "append"
     log = "%a/slurm_%A.log" if array else "slurm_%j.log"
-    found["output"] = _directive(f"{str(job.control).replace('%', '%%')}/{log}")
+    found["output"] = f"{str(job.control).replace('%', '%%')}/{log}"
     found["export"] = "NONE"
-    return found | dict(cluster.sbatch_extra)
+    found |= cluster.sbatch_extra
+    return {flag: value if value is True else _directive(str(value)) for flag, value in found.items()}
 
 
 def _directive(text: str) -> str:

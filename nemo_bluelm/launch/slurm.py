@@ -21,7 +21,13 @@ ACTIVE = (
     "REQUEUE_HOLD",
     "RESIZING",
     "STAGE_OUT",
+    "SIGNALING",
+    "STOPPED",
+    "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
+    "REQUEUE_FED",
 )
+_GONE = "Invalid job id"  # of a job that the controller has forgotten; any other failure says nothing about the job
 
 
 @dataclass(frozen=True)
@@ -53,23 +59,31 @@ def submit(script: Path, after: Sequence[str] = (), kind: str = "afterok") -> st
 
 
 def cancel(ids: Sequence[str]) -> None:
-    """End jobs, waiting ones first, so that none starts because another ends."""
+    """End jobs, waiting ones first, so that none starts because another ends; those that have ended are left.
+
+    Raises:
+        UserError: Slurm doesn't do it.
+    """
     if ids:
-        _call(["scancel", *ids], may_fail=True)
+        _call(["scancel", *ids], fine=_GONE)
 
 
 def state(job: str) -> State:
-    """The state of a job, or of an array the most active of its tasks'; from the queue, or what is remembered."""
-    lines = _call(["squeue", "--noheader", "--array", "--jobs", job, "--format=%T|%R"], may_fail=True).splitlines()
+    """The state of a job, or of an array the most active of its tasks'; from the queue, or what is remembered.
+
+    Raises:
+        UserError: the controller doesn't say.
+    """
+    lines = _call(["squeue", "--noheader", "--array", "--jobs", job, "--format=%T|%R"], fine=_GONE).splitlines()
     found = [State(word, why.strip("()")) for word, bar, why in (line.partition("|") for line in lines) if bar]
     if found:
         return min(found, key=lambda one: (one.word != "RUNNING", not one.active))
-    told = _call(["scontrol", "show", "job", "--oneliner", job], may_fail=True)
+    told = _call(["scontrol", "show", "job", "--oneliner", job], fine=_GONE)
     words = re.findall(r"\bJobState=(\S+) Reason=(\S+)", told)
     if words:
         worst = next((pair for pair in words if pair[0] != "COMPLETED"), words[0])
         return State(worst[0], "" if worst[1] == "None" else worst[1])
-    told = _call(["sacct", "-X", "-n", "-P", "-j", job, "-o", "state"], may_fail=True).split("\n")[0]
+    told = _call(["sacct", "-X", "-n", "-P", "-j", job, "-o", "state"], fine="").split("\n")[0]
     return State(told.split()[0]) if told.strip() else UNKNOWN
 
 
@@ -81,18 +95,22 @@ def account_problem(partition: Optional[str], account: Optional[str]) -> Optiona
     return None
 
 
-def _call(command: list[str], may_fail: bool = False) -> str:
+def _call(command: list[str], fine: Optional[str] = None) -> str:
+    """What a command prints; nothing where it fails with words that have ``fine`` in them, or isn't there and may say
+    anything."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     except FileNotFoundError:
-        if may_fail:
+        if fine == "":
             return ""
         raise UserError(
             f"{command[0]} is not here: call launch where jobs are submitted from, or with --dry-run"
         ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} has not answered for {_TIMEOUT} s; is the controller up? (sinfo)") from None
-    if done.returncode and not may_fail:
-        said = " ".join((done.stderr.strip() or done.stdout.strip()).split()).replace("sbatch: error: ", "")
+    if not done.returncode:
+        return done.stdout
+    said = " ".join((done.stderr.strip() or done.stdout.strip()).split()).replace("sbatch: error: ", "")
+    if fine is None or fine not in said:
         raise UserError(f"Slurm refuses '{shlex.join(command)}': {said}")
-    return done.stdout if not done.returncode else ""
+    return done.stdout

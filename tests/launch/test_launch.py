@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from nemo_bluelm.errors import UserError
-from nemo_bluelm.launch import health, launcher
+from nemo_bluelm.launch import health, launcher, slurm
 from nemo_bluelm.launch.cluster import ClusterConfig, ContainerConfig, Resume, check_mounted, load_cluster, seconds
 from nemo_bluelm.launch.jobs import Job, Plan, Unit, plan_jobs
 from nemo_bluelm.launch.script import script_of, task_of
@@ -227,12 +227,76 @@ def test_a_chain_waits_and_what_runs_is_kept(scheduler, tmp_path):
     assert scheduler["submitted"] == [("first", (), "afterok"), ("second", ("1",), "afterok")]
     scheduler["states"] = {"2": "FAILED"}
     assert launcher.launch(plan, cluster) == {"first": ["1"], "second": ["3"]}
-    done = chain(tmp_path, done=True)
+    done = chain(tmp_path, units=tuple(replace(unit, done=True) for unit in plan.jobs[0].units))
     scheduler["states"]["3"] = "CANCELLED"
     assert launcher.launch(done, cluster) == {"second": ["4"]}
     assert scheduler["submitted"][-1] == ("second", (), "afterok")
     rows = {row["run"]: row for row in launcher.status(tmp_path)}
     assert rows["first"]["job"] == "1" and rows["second"]["state"] == "RUNNING"
+
+
+def test_what_waits_for_a_job_that_is_gone_is_handed_in_anew(scheduler, tmp_path):
+    plan = chain(tmp_path)
+    launcher.launch(plan, ClusterConfig())
+    scheduler["states"] = {"1": "CANCELLED", "2": "PENDING"}
+    assert launcher.launch(plan, ClusterConfig()) == {"first": ["3"], "second": ["4"]}
+    assert scheduler["cancelled"] == ["2"] and scheduler["submitted"][-1] == ("second", ("3",), "afterok")
+
+
+def test_what_runs_with_other_words_is_not_taken_for_it(scheduler, tmp_path):
+    sweep = [("train", "r.yaml", f"optim.lr={rate}") for rate in ("1e-4", "2e-4")]
+    launcher.launch(plan_of(tmp_path, *sweep), ClusterConfig())
+    with pytest.raises(UserError, match="job 1 is RUNNING with other words; wait for it, end it by"):
+        launcher.launch(plan_of(tmp_path, *sweep, ("train", "r.yaml", "optim.lr=3e-4")), ClusterConfig())
+    assert len(scheduler["submitted"]) == 1 and len(launcher.status(tmp_path)) == 2
+
+
+def test_each_run_of_an_array_and_the_job_of_a_chain_that_is_due_has_its_state(scheduler, tmp_path):
+    launcher.launch(plan_of(tmp_path, *[("train", "r.yaml", f"seed={n}") for n in range(2)]), ClusterConfig())
+    scheduler["states"] = {"1_0": "FAILED", "1_1": "RUNNING"}
+    assert [row["state"] for row in launcher.status(tmp_path)] == ["FAILED", "RUNNING"]
+    root = tmp_path / "chain"
+    launcher.launch(plan_of(root, ("train", "r.yaml")), ClusterConfig(resume=Resume.chain, chain_length=3))
+    scheduler["states"] = {"2": "COMPLETED", "3": "RUNNING", "4": "PENDING"}
+    assert [row["state"] for row in launcher.status(root)] == ["RUNNING"]
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Makes Slurm's commands, as shell scripts that note how they were called."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    (tmp_path / "bin").mkdir()
+
+    def make(**scripts):
+        for name, script in scripts.items():
+            file = tmp_path / "bin" / name
+            file.write_text(f"#!/bin/sh\necho {name} $* >>{tmp_path}/calls\n{script}\n")
+            file.chmod(0o755)
+
+    make(squeue="exit 0", scontrol="exit 0", sacct="echo accounting is disabled >&2; exit 1", scancel="exit 0")
+    return make
+
+
+def test_a_controller_that_does_not_answer_is_no_job_that_has_ended(commands, tmp_path):
+    gone = "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1"
+    commands(squeue=gone, scontrol=gone)
+    assert slurm.state("7") == slurm.UNKNOWN and not slurm.UNKNOWN.active
+    slurm.cancel(["7"])
+    commands(squeue="echo Unable to contact slurm controller >&2; exit 1", scancel="echo No route to host >&2; exit 1")
+    with pytest.raises(UserError, match="Slurm refuses 'squeue .*': Unable to contact slurm controller"):
+        slurm.state("7")
+    with pytest.raises(UserError, match="No route to host"):
+        slurm.cancel(["7"])
+    commands(squeue="echo 'SIGNALING|(None)'")
+    assert slurm.state("7").active
+
+
+def test_values_of_directives_are_quoted(tmp_path):
+    plan = plan_of(tmp_path, ("train", "r.yaml"))
+    cluster = ClusterConfig(sbatch_extra={"comment": 'two "words"'}, exclude="n[1-3]", constraint="a&b")
+    text = script_of(plan.jobs[0], plan, cluster, tmp_path)
+    for line in ('--comment="two \\"words\\""', '--exclude="n[1-3]"', '--constraint="a&b"', "--exclusive"):
+        assert f"#SBATCH {line}\n" in text
 
 
 def test_what_was_handed_in_is_taken_back_where_a_later_job_is_refused(scheduler, tmp_path):
@@ -261,6 +325,7 @@ def test_cancel_leaves_a_mark_for_a_requeue_that_is_under_way(scheduler, tmp_pat
     assert launcher.cancel(tmp_path) == ["1", "2"]
     assert scheduler["cancelled"] == ["2", "1"]
     assert (tmp_path / "launch" / "first" / "cancel").exists()
+    assert not (tmp_path / "launch" / "secrets.env").exists()
     launcher.launch(replace(chain(tmp_path)), ClusterConfig())
     scheduler["states"] = {"1": "CANCELLED", "2": "CANCELLED"}
     launcher.launch(chain(tmp_path), ClusterConfig())
