@@ -1,6 +1,7 @@
 """The report of runs: one page that needs nothing else, and its charts as files."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def _row(run: Run) -> dict[str, Any]:
         "step": last["step"],
         "steps": planned,
         "complete": planned is None or last["step"] >= planned,
-        "loss": _end(run.values("loss")[1]),
+        "loss": _end([loss for loss in run.values("loss")[1] if math.isfinite(loss)]),
         "tokens": sum(tokens),
         "seconds": sum(seconds),
         "median_step_seconds": rest[len(rest) // 2] if rest else None,
