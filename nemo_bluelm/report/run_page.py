@@ -184,5 +184,6 @@ def _mixture(run: Run) -> list[dict[str, Any]]:
 
 def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(node, dict):
-        return [(prefix, node)]
+        endless = isinstance(node, float) and not math.isfinite(node)  # JSON has no such number
+        return [(prefix, str(node) if endless else node)]
     return [pair for key, value in node.items() for pair in _flat(value, f"{prefix}.{key}".lstrip("."))]

@@ -76,6 +76,8 @@ def test_runs_are_compared_key_by_key(tmp_path):
     assert data["differences"] == {"optim.lr": [1e-3, 2e-3]}
     assert html.count('aria-label="Loss"') == 1 and ">one<" in html and ">two<" in html
     assert differences([read_run(first)]) == {}
+    endless = write_run(tmp_path / "d", "three", lr=math.inf)
+    assert page([first, endless], tmp_path / "report.html")[1]["differences"] == {"optim.lr": [1e-3, "inf"]}
     twins = summary(find_runs([first, write_run(tmp_path / "c", "one")]))
     assert [row["name"] for row in twins["runs"]] == [str(first), str(tmp_path / "c")]
 
