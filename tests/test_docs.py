@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from configparser import ConfigParser
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,17 @@ def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    page = (tmp_path / "site" / "tutorials" / "extend" / "index.html").read_text()
-    assert "GreyTower" in page and "--8&lt;--" not in page
-    assert "fonts.googleapis" not in page
+    included = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
+    for page in PAGES:
+        place = page.relative_to(CHECKOUT / "docs").with_suffix("")
+        built = (tmp_path / "site" / ("" if place.name == "index" else place) / "index.html").read_text()
+        shown = unescape(re.sub(r"<[^>]*>", "", built))  # without the spans of the colours
+        assert "--8" not in shown and "fonts.googleapis" not in built
+        for file in included.findall(page.read_text()):
+            assert (CHECKOUT / file).read_text().strip() in shown, f"{page.name} lacks {file}"
+    extend = (CHECKOUT / "docs" / "tutorials" / "extend.md").read_text()
+    files = {Path(file).name for file in included.findall(extend)}
+    assert files == {"pyproject.toml", "reward.py", "source.py", "tower.py", "stage.py", "questions.yaml"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,6 +1,7 @@
 """The report of runs: one page that needs nothing else, and its charts as files."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def _row(run: Run) -> dict[str, Any]:
         "step": last["step"],
         "steps": planned,
         "complete": planned is None or last["step"] >= planned,
-        "loss": _end(run.values("loss")[1]),
+        "loss": _end([loss for loss in run.values("loss")[1] if math.isfinite(loss)]),
         "tokens": sum(tokens),
         "seconds": sum(seconds),
         "median_step_seconds": rest[len(rest) // 2] if rest else None,
@@ -183,5 +184,6 @@ def _mixture(run: Run) -> list[dict[str, Any]]:
 
 def _flat(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(node, dict):
-        return [(prefix, node)]
+        endless = isinstance(node, float) and not math.isfinite(node)  # JSON has no such number
+        return [(prefix, str(node) if endless else node)]
     return [pair for key, value in node.items() for pair in _flat(value, f"{prefix}.{key}".lstrip("."))]

@@ -1,5 +1,6 @@
 """The charts of a run report: one figure each, as SVG that follows the page's colours, and as PNG."""
 
+import html
 import io
 import math
 import re
@@ -138,7 +139,7 @@ def _draw_lines(axes: Any, lines: Sequence[tuple[str, Sequence[int], Sequence[fl
         finite = [(x, y) for x, y in zip(xs, ys) if math.isfinite(y)]
         xs, ys = thinned([x for x, _ in finite], [y for _, y in finite])
         marker = {"marker": "o", "markersize": 3} if len(xs) == 1 else {}
-        axes.plot(xs, ys, color=COLOURS[number % len(COLOURS)], linewidth=1.3, label=name, **marker)
+        axes.plot(xs, ys, color=COLOURS[number % len(COLOURS)], linewidth=1.3, label=_verbatim(name), **marker)
     axes.set_xlabel("step", fontsize=8, color=INK)
 
 
@@ -214,11 +215,16 @@ def _drawn(name: str, title: str, draw: Callable[[Any], None], legend: bool = Tr
     axes = figure.add_subplot()
     axes.ticklabel_format(useOffset=False)
     draw(axes)
-    plain(axes, title)
+    plain(axes, _verbatim(title))
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     if legend and axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     return Chart(name, title, _as_svg(figure, name, title), as_png(figure))
+
+
+def _verbatim(text: str) -> str:
+    """A name as a label that isn't read as a formula; ticks of logarithmic axes are formulas, so it can't be off."""
+    return text.replace("$", r"\$")
 
 
 def _as_svg(figure: Any, name: str, title: str) -> str:
@@ -233,6 +239,7 @@ def _as_svg(figure: Any, name: str, title: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)  # unique on a page of several charts
-    svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg)
+    box = re.search(r'viewBox="[^"]*"', svg)[0]
+    svg = f'<svg {box} role="img" aria-label="{html.escape(title)}">{svg[svg.index(">") + 1 :]}'
     svg = svg.replace("xlink:href", "href")
     return svg.replace(INK, "currentColor").replace(FAINT, "var(--rule)")

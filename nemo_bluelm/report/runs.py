@@ -1,9 +1,10 @@
 """What runs left behind: metrics, events, validations, replies, evaluations, read for a report."""
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import yaml
 
@@ -13,6 +14,8 @@ from nemo_bluelm.runtime.run_dir import METRICS_FILE, RECIPE_FILE, read_metrics
 EVENTS_FILE, ENVIRONMENT_FILE, VALIDATION_FILE = "events.jsonl", "environment.json", "validation.jsonl"
 ROLLOUTS_DIR, EVALUATION_FILE = "rollouts", "table.json"
 SHOWN = 6  # replies of a GRPO run
+_OF_A_STEP = ("tokens", "seconds", "mfu", "bad_samples")  # numbers, where a step has them
+_OF_A_ROW = ("thinking_tokens", "answer_tokens", "problems")  # numbers of every row of an evaluation
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def find_runs(folders: list[Path]) -> Found:
                 runs.append(replace(read_run(stage), name=stage.name))
             if (folder / "report.json").is_file():
                 if budgets := _read_json(folder / "report.json").get("budgets"):  # a quickstart's
-                    evaluations["held-out problems"] = budgets
+                    evaluations["held-out problems"] = _rows(folder / "report.json", "budgets", budgets)
     names = [run.name for run in runs]
     if len(set(names)) < len(names):  # runs of one recipe: their folders tell them apart
         runs = [replace(run, name=str(run.folder)) for run in runs]
@@ -120,6 +123,12 @@ def read_run(folder: Path) -> Run:
     steps = read_metrics(folder)
     if not steps:
         raise UserError(f"{folder / METRICS_FILE} has no step yet; try again when the run has written one")
+    for number, row in enumerate(steps, 1):  # a line each
+        if (key := _not_countable(row)) is not None:
+            raise UserError(
+                f"{folder / METRICS_FILE} line {number}: {key} is {str(row[key])[:40]!r}, which can't be added up; "
+                "remove the line"
+            )
     shown = sorted((folder / ROLLOUTS_DIR).glob("shown_*.jsonl"))[-1:]
     return Run(
         name=str((recipe or {}).get("name") or folder.name),
@@ -128,9 +137,21 @@ def read_run(folder: Path) -> Run:
         steps=steps,
         events=_read_lines(folder / EVENTS_FILE),
         environment=_read_json(folder / ENVIRONMENT_FILE) if _has(folder, ENVIRONMENT_FILE) else {},
-        validations=_read_lines(folder / VALIDATION_FILE),
+        validations=[row for row in _read_lines(folder / VALIDATION_FILE) if _is_number(row.get("step"))],
         replies=_different([row for file in shown for row in _read_lines(file)])[:SHOWN],
     )
+
+
+def _not_countable(row: dict[str, Any]) -> Optional[str]:
+    """The key of a step that isn't what pages count with; None where all are."""
+    by_source = row.get("tokens_by_source", {})
+    if not isinstance(by_source, dict) or not all(map(_is_number, by_source.values())):
+        return "tokens_by_source"
+    return next((key for key in _OF_A_STEP if row.get(key) is not None and not _is_number(row[key])), None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _different(replies: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -158,7 +179,20 @@ def _evaluation(folder: Path) -> dict[str, list[dict[str, Any]]]:
     tasks = _read_json(folder / EVALUATION_FILE).get("tasks")
     if not isinstance(tasks, dict):  # an ablation's
         return {}
-    return {name: [row | row.get("mode", {}) for row in task["rows"]] for name, task in tasks.items()}
+    return {name: _rows(folder / EVALUATION_FILE, name, task) for name, task in tasks.items()}
+
+
+def _rows(file: Path, name: str, task: Any) -> list[dict[str, Any]]:
+    """The rows of a task, all with the numbers that a page shows."""
+    rows = task.get("rows") if isinstance(task, dict) else task
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{file}: {name} has no rows; it was not written by eval")
+    rows = [row | row.get("mode", {}) for row in rows]
+    for number, row in enumerate(rows, 1):
+        scored = () if row.get("accuracy") is None else ("accuracy", "low", "high")
+        if lacking := [key for key in (*_OF_A_ROW, *scored) if not _is_number(row.get(key))]:
+            raise UserError(f"{file}: row {number} of {name} has no number as {lacking[0]}; evaluate again")
+    return [{"think": False, "budget": None, "accuracy": None} | row for row in rows]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The commands of the README, typed in their order in an empty folder, and then those of docs/ do what is said."""
+"""The commands of the README, typed in their order in an empty folder, and then those of docs/ do what is said.
+
+Those that need a cluster, a GPU or weights of others are read as the program reads them.
+"""
 
 import json
 import os
@@ -13,7 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bluelm.config.pipeline import load_pipeline
+from nemo_bluelm.cli.main import parse
+from nemo_bluelm.config.ablation import load_ablation
+from nemo_bluelm.config.compose import load_without_data
+from nemo_bluelm.config.pipeline import Stage, load_pipeline
+from nemo_bluelm.data.curate.schema import load_recipe as load_curation
+from nemo_bluelm.resources import find_recipe, packaged_recipes
 from nemo_bluelm.runtime.run_dir import METRICS_FILE
 from tests.conftest import CHECKOUT
 
@@ -31,6 +39,16 @@ DOCS = [
     for line in block.splitlines()
     if line not in COMMANDS
 ]
+TYPED = [
+    line.removeprefix("$ ")
+    for page in (CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md")))
+    for kind, block in re.findall(r"^```(.*?)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    if kind in ("", "bash", "console")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.removeprefix("$ ").startswith("nemo-bluelm ")
+]
+REFUSED = dict(re.findall(r"^\$ (nemo-bluelm .*)\n(nemo-bluelm: error: .*\n)", README, re.MULTILINE))
+STAND_INS = {"RECIPE": "sft"}
 QUICKSTART = "nemo-bluelm quickstart --out outputs/quickstart"
 FEW_STEPS = "train.steps=4 train.save_every=2 optim.warmup_steps=1 decay.optim.decay_steps=2"
 FEW_STEPS += " rl.grpo.validation.max_samples=8"
@@ -88,6 +106,47 @@ class Shell:
 
 def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("line", [line for line in dict.fromkeys(TYPED) if line not in REFUSED])
+def test_every_command_is_one(line):
+    """The program knows its options, recipes, stages and keys."""
+    args = parse([STAND_INS.get(word, word) for word in shlex.split(line)[1:]])
+    recipe, overrides = getattr(args, "recipe", None), getattr(args, "overrides", [])
+    if args.command == "launch" and recipe in ("status", "logs", "cancel"):
+        assert len(overrides) == 1
+        return
+    if args.command == "ablate":
+        stages = load_ablation(args.name, overrides).chain.stages
+    elif recipe in packaged("curate"):
+        load_curation(find_recipe(recipe, "curate"), overrides)
+        return
+    elif recipe in packaged("pipeline"):
+        stages = load_pipeline(recipe, overrides).stages
+    elif recipe is not None:
+        stages = [Stage("", recipe, tuple(overrides), Path(), ())]
+    else:
+        return
+    for stage in stages:
+        load_without_data(stage.recipe, list(stage.overrides))
+    of_stages = {text.rpartition("=")[0] for text in getattr(args, "nodes", [])}
+    assert of_stages <= {"", *(stage.name for stage in stages)}
+
+
+def packaged(kind: str) -> set[str]:
+    """Packaged recipes of a kind, by the names and by the files that commands take."""
+    return {form for name in packaged_recipes(kind) for form in (name, f"recipes/{name}.yaml")}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_is_refused_is_refused_as_shown(line, cli):
+    assert cli(*shlex.split(line)[1:]) == (2, "", REFUSED[line])
+
+
+def test_blocks_of_every_kind_are_read():
+    assert {"nemo-bluelm launch status /shared/runs", QUICKSTART, *REFUSED} <= set(TYPED) and REFUSED
+    assert any(line.startswith("nemo-bluelm launch ") and "--nodes" in line for line in TYPED)
+    assert set(re.findall(r"^nemo-bluelm .*[^\\]$", README, re.MULTILINE)) <= set(TYPED)
 
 
 @pytest.mark.slow

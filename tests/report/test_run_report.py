@@ -16,6 +16,9 @@ from nemo_bluelm.report.run_page import differences, summary, write_report
 from nemo_bluelm.report.run_plots import POINTS, thinned
 from nemo_bluelm.report.runs import find_runs, read_run
 
+ROW = {"think": True, "budget": 8, "accuracy": 0.5, "low": 0.4, "high": 0.6, "thinking_tokens": 8.0}
+ROW |= {"answer_tokens": 2.0, "problems": 50}
+
 
 def write_run(folder, name="probe", steps=30, lr=1e-3, extra=None, **files):
     folder.mkdir(parents=True)
@@ -73,6 +76,8 @@ def test_runs_are_compared_key_by_key(tmp_path):
     assert data["differences"] == {"optim.lr": [1e-3, 2e-3]}
     assert html.count('aria-label="Loss"') == 1 and ">one<" in html and ">two<" in html
     assert differences([read_run(first)]) == {}
+    endless = write_run(tmp_path / "d", "three", lr=math.inf)
+    assert page([first, endless], tmp_path / "report.html")[1]["differences"] == {"optim.lr": [1e-3, "inf"]}
     twins = summary(find_runs([first, write_run(tmp_path / "c", "one")]))
     assert [row["name"] for row in twins["runs"]] == [str(first), str(tmp_path / "c")]
 
@@ -109,14 +114,50 @@ def test_what_happened_and_replies_are_shown_safely(tmp_path):
 
 
 def test_accuracy_by_budget(tmp_path):
-    row = {"think": True, "budget": 8, "accuracy": 0.5, "low": 0.4, "high": 0.6, "thinking_tokens": 8.0}
-    row |= {"answer_tokens": 2.0, "problems": 50}
     (tmp_path / "eval").mkdir()
-    table = {"tasks": {"sums": {"rows": [row, row | {"think": False, "budget": None, "thinking_tokens": 0.0}]}}}
+    table = {"tasks": {"sums": {"rows": [ROW, ROW | {"think": False, "budget": None, "thinking_tokens": 0.0}]}}}
     (tmp_path / "eval" / "table.json").write_text(json.dumps(table))
     html, data = page([tmp_path / "eval"], tmp_path / "report.html")
     assert "sums: accuracy by thinking tokens" in html and "40% to 60%" in html
     assert data["evaluations"]["sums"][0]["accuracy"] == 0.5
+
+
+def test_names_are_no_formulas(tmp_path):
+    """And a name that is markup stays a name."""
+    odd = r"x$\frac$y"
+    folders = [write_run(tmp_path / "a", odd), write_run(tmp_path / "b", "<b>$1 & $2", extra={"grad_norm": 1e-3})]
+    html, _ = page(folders, tmp_path / "report.html")
+    html = re.sub("<!--.*?-->", "", html, flags=re.S)
+    assert html.count(odd) > 3 and "&lt;b&gt;$1 &amp; $2" in html and "<b>" not in html
+    assert r"\$" not in html and "mathdefault" not in html  # neither the names nor the logarithmic axis' ticks
+    table = {"tasks": {f'{odd}"<b>': {"rows": [ROW]}}}
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "table.json").write_text(json.dumps(table))
+    html, _ = page([tmp_path / "eval"], tmp_path / "report.html")
+    assert f'aria-label="{odd}&quot;&lt;b&gt;: accuracy' in html and "<b>" not in html
+
+
+@pytest.mark.parametrize("key", ["thinking_tokens", "answer_tokens", "problems", "low", "rows"])
+def test_a_table_that_lacks_something_is_one_line(key, tmp_path, cli):
+    table = {"rows": [ROW, {name: value for name, value in ROW.items() if name != key}]}
+    table.pop(key, None)
+    (tmp_path / "table.json").write_text(json.dumps({"tasks": {"sums": table}}))
+    code, out, err = cli("report", str(tmp_path))
+    assert code == 2 and not out and err.count("\n") == 1
+    assert str(tmp_path / "table.json") in err and "sums" in err and key in err
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tokens": "many"}, {"seconds": [1]}, {"mfu": math.nan}, {"tokens_by_source": {"text": None}}]
+)
+def test_a_step_that_cannot_be_counted_is_one_line(wrong, tmp_path, cli):
+    run = write_run(tmp_path / "run", steps=2)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3} | wrong) + "\n")
+    for more in ([], ["--json"]):
+        code, out, err = cli("report", str(run), *more)
+        assert code == 2 and not out and err.count("\n") == 1
+        assert f"{run / 'metrics.jsonl'} line 3: {next(iter(wrong))} is" in err
 
 
 def test_odd_runs(tmp_path):
@@ -124,9 +165,10 @@ def test_odd_runs(tmp_path):
     with (one / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # the run goes on
     gaps = write_run(tmp_path / "Zähler 数", "数 & <name>", extra={"loss": None, "mfu": None})
-    html, data = page([one, gaps], tmp_path / "report.html")
+    nan = write_run(tmp_path / "nan", "not a number", extra={"loss": math.nan})
+    html, data = page([one, gaps, nan], tmp_path / "report.html")
     assert data["runs"][0]["step"] == 1 and not data["runs"][0]["complete"]
-    assert data["runs"][1]["loss"] is None and "数 &amp; &lt;name&gt;" in html
+    assert data["runs"][1]["loss"] is data["runs"][2]["loss"] is None and "数 &amp; &lt;name&gt;" in html
 
 
 @pytest.mark.parametrize("case", ["missing", "no run", "empty", "broken line", "broken recipe"])
