@@ -27,6 +27,8 @@ UNREADABLE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, CheckpointingException, CheckpointException),
 )
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+# In messages without an error number: Megatron-Core's of a writer elsewhere, PyTorch's of a file that torch.save began.
+_CUT_OFF = ("Worker failure", "inline_container.cc")
 
 
 @contextmanager
@@ -65,7 +67,7 @@ def writing(run_dir: Path) -> Iterator[None]:
     except (OSError, RuntimeError, CheckpointException) as error:
         # Checkpoints are written by worker processes, whose errors arrive as text.
         number = getattr(error, "errno", None) or next(map(int, re.findall(r"\[Errno (\d+)\]", str(error))), None)
-        of_a_writer = isinstance(error, CheckpointException) or "Worker failure" in str(error)
+        of_a_writer = isinstance(error, CheckpointException) or any(words in str(error) for words in _CUT_OFF)
         if number not in UNWRITABLE and not of_a_writer:
             raise
         reason = os.strerror(number) if number else "a checkpoint was cut off"

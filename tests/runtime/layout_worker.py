@@ -38,7 +38,7 @@ class Kinds:
     def __init__(self, loaders: dict, global_batch_size: int):
         self.loaders, self.size, self.number = loaders, global_batch_size, 0
         self.plan, self.tokenizer, self.bad_samples = self, loaders["mixed"].tokenizer, 0
-        self.sequence_length = loaders["mixed"].plan.sequence_length
+        self.sequence_length, self.tables = loaders["mixed"].plan.sequence_length, loaders["mixed"].plan.tables
 
     def __iter__(self):
         return self

@@ -1,6 +1,7 @@
 """Damaged checkpoints and full disks, through the command line: one line, and nothing half-written."""
 
 import json
+import os
 import shutil
 import subprocess
 
@@ -95,22 +96,38 @@ def test_a_damaged_checkpoint_of_another_run_is_no_start(four_steps, corpus, for
     assert code == 2 and f"checkpoint {newest} is damaged (" in output.splitlines()[-1]
 
 
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 20 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoints_before(processes, corpus, forks, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    try:
-        run = [*command(corpus, disk / "run", 8), "train.keep_checkpoints=-1"]
-        if processes == 2:
-            code, output = finish(start(*run, "--nproc", "2", "train.global_batch_size=2"), timeout=120)
-        else:
-            code, output = forks.start(*run).finish(timeout=120)
-        left = sorted(folder.name for folder in (disk / "run" / "checkpoints").iterdir())
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoints_before(processes, corpus, forks, disk):
+    run = [*command(corpus, disk / "run", 8), "train.keep_checkpoints=-1"]
+    if processes == 2:
+        code, output = finish(start(*run, "--nproc", "2", "train.global_batch_size=2"), timeout=120)
+    else:
+        code, output = forks.start(*run).finish(timeout=120)
+    left = sorted(folder.name for folder in (disk / "run" / "checkpoints").iterdir())
     assert code == 2
     assert output.count("\n") == 1 and "can't be written" in output and "MiB are free" in output, output
     assert left and not [name for name in left if "partial" in name]
+
+
+@pytest.mark.parametrize("free", [0, 40, 4000, 2**20])
+def test_torch_save_on_a_full_disk_is_one_line(free, disk):
+    import torch
+
+    from nemo_bluelm.runtime.storage import writing
+
+    (disk / "full").write_bytes(bytes(20 * 2**20))
+    os.truncate(disk / "full", 20 * 2**20 - free)
+    with pytest.raises(UserError, match="can't be written"), writing(disk):
+        torch.save({"weights": torch.zeros(2**20)}, disk / "common.pt")

@@ -7,7 +7,7 @@ import pytest
 from nemo_bluelm.atomic import write_atomically
 from nemo_bluelm.config.compose import load_recipe, to_yaml
 from nemo_bluelm.config.pipeline import load_pipeline
-from nemo_bluelm.runtime.run_dir import checkpoint_path
+from nemo_bluelm.runtime.run_dir import COMPLETE_FILE, checkpoint_path
 from nemo_bluelm.train import chain
 from tests import chains
 from tests.conftest import one_line
@@ -25,9 +25,10 @@ def settings(corpus, folder):
 
 
 def mark_done(folder, stage, step=STEPS):
-    """A checkpoint of a stage, as far as one is looked at before training."""
+    """A stage that has ended, as far as its folder is looked at before training."""
     checkpoint = checkpoint_path(stage.folder, step)
     checkpoint.mkdir(parents=True)
+    write_atomically(stage.folder / COMPLETE_FILE, f"{step}\n".encode())
     write_atomically(checkpoint / "recipe.yaml", to_yaml(load_recipe(stage.recipe, list(stage.overrides))).encode())
 
 
