@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from nemo_bluelm.evaluate.measures import CHANGE, NATS, SHARE, Measure, Measured
 from nemo_bluelm.report.ablation_table import shown
-from nemo_bluelm.report.plot_style import COLOURS, FAINT, INK, MARKERS, as_png, new_figure, plain, shares
+from nemo_bluelm.report.plot_style import COLOURS, FAINT, INK, MARKERS, as_png, new_figure, plain, shares, verbatim
 
 _PANEL = 4.6, 3.4  # inches
 _IN_A_ROW = 2
@@ -34,7 +34,7 @@ def plot(labels: Sequence[str], measures: Sequence[Measure], found: Sequence[dic
 def _legend(labels: Sequence[str]) -> list:
     from matplotlib.patches import Patch
 
-    return [Patch(color=COLOURS[number % len(COLOURS)], label=label) for number, label in enumerate(labels)]
+    return [Patch(color=COLOURS[number % len(COLOURS)], label=verbatim(label)) for number, label in enumerate(labels)]
 
 
 def _bars(axes, measure: Measure, found: Sequence[Measured]) -> None:
@@ -62,7 +62,7 @@ def _bars(axes, measure: Measure, found: Sequence[Measured]) -> None:
                 color=INK,
             )
     several = len(names) > 1
-    axes.set_xticks(range(len(names)) if several else [], names if several else [])
+    axes.set_xticks(range(len(names)) if several else [], [*map(verbatim, names)] if several else [])
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.axhline(0, color=FAINT, linewidth=0.8)
     axes.margins(y=0.15)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from nemo_bluelm.evaluate.budgets import Row
-from nemo_bluelm.report.plot_style import COLOURS, FAINT, INK, MARKERS, as_png, new_figure, plain, shares
+from nemo_bluelm.report.plot_style import COLOURS, FAINT, INK, MARKERS, as_png, new_figure, plain, shares, verbatim
 
 
 def plot(rows: Mapping[str, Sequence[Row]]) -> bytes:
@@ -32,7 +32,7 @@ def plot(rows: Mapping[str, Sequence[Row]]) -> bytes:
                 markersize=5,
                 linewidth=1.6,
                 elinewidth=0.8,
-                label=task if think or not any(row.think for row in known) else None,
+                label=verbatim(task) if think or not any(row.think for row in known) else None,
             )
     plain(axes, "Accuracy by thinking tokens spent")
     shares(axes)

@@ -20,11 +20,16 @@ def new_figure(width: float, height: float) -> Any:
 
 def plain(axes: Any, title: str) -> None:
     """Title, spines and ticks."""
-    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_title(verbatim(title), fontsize=10, color=INK, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=8, length=0)
     axes.set_axisbelow(True)
+
+
+def verbatim(text: str) -> str:
+    """A name as a label that isn't read as a formula; ticks of logarithmic axes are formulas, so it can't be off."""
+    return text.replace("$", r"\$")
 
 
 def shares(axes: Any) -> None:

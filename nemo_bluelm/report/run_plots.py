@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from nemo_bluelm.report.plot_style import COLOURS, FAINT, INK, as_png, new_figure, plain, shares
+from nemo_bluelm.report.plot_style import COLOURS, FAINT, INK, as_png, new_figure, plain, shares, verbatim
 from nemo_bluelm.report.runs import Run
 
 POINTS = 500  # of a curve; more steps are averaged
@@ -69,7 +69,8 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     """All charts that the runs have numbers for; several runs share each."""
     found = [chart for curves in _CURVES if (chart := _of_curves(curves, runs)) is not None]
     if len(runs) == 1:
-        found += filter(None, (_rewards_by_task(runs[0]), _lengths(runs[0]), _validation(runs[0]), _mixture(runs[0])))
+        drawers = (_loss_by_source, _rewards_by_task, _lengths, _validation, _mixture)
+        found += filter(None, (draw(runs[0]) for draw in drawers))
     return found
 
 
@@ -139,7 +140,7 @@ def _draw_lines(axes: Any, lines: Sequence[tuple[str, Sequence[int], Sequence[fl
         finite = [(x, y) for x, y in zip(xs, ys) if math.isfinite(y)]
         xs, ys = thinned([x for x, _ in finite], [y for _, y in finite])
         marker = {"marker": "o", "markersize": 3} if len(xs) == 1 else {}
-        axes.plot(xs, ys, color=COLOURS[number % len(COLOURS)], linewidth=1.3, label=_verbatim(name), **marker)
+        axes.plot(xs, ys, color=COLOURS[number % len(COLOURS)], linewidth=1.3, label=verbatim(name), **marker)
     axes.set_xlabel("step", fontsize=8, color=INK)
 
 
@@ -147,6 +148,17 @@ def _by_task(run: Run, pattern: str) -> Iterator[tuple[str, list[int], list[floa
     names = sorted({key for row in run.steps for key in row if re.fullmatch(pattern, key)})
     for name in names:
         yield re.fullmatch(pattern, name)[1], *run.values(name)
+
+
+def _loss_by_source(run: Run) -> Optional[Chart]:
+    """Of a run of several sources; of one it is the loss."""
+    named = [(row["step"], row.get("loss_by_source", {})) for row in run.steps]
+    sources = sorted({name for _, losses in named for name in losses})
+    lines = []
+    for source in sources if len(sources) > 1 else ():
+        known = [(step, losses[source]) for step, losses in named if source in losses]
+        lines.append((source, [step for step, _ in known], [loss for _, loss in known]))
+    return _lines_chart("loss_by_source", "Loss by source", "of a token, mean", lines)
 
 
 def _rewards_by_task(run: Run) -> Optional[Chart]:
@@ -215,16 +227,11 @@ def _drawn(name: str, title: str, draw: Callable[[Any], None], legend: bool = Tr
     axes = figure.add_subplot()
     axes.ticklabel_format(useOffset=False)
     draw(axes)
-    plain(axes, _verbatim(title))
+    plain(axes, title)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     if legend and axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     return Chart(name, title, _as_svg(figure, name, title), as_png(figure))
-
-
-def _verbatim(text: str) -> str:
-    """A name as a label that isn't read as a formula; ticks of logarithmic axes are formulas, so it can't be off."""
-    return text.replace("$", r"\$")
 
 
 def _as_svg(figure: Any, name: str, title: str) -> str:

@@ -15,6 +15,8 @@ EVENTS_FILE, ENVIRONMENT_FILE, VALIDATION_FILE = "events.jsonl", "environment.js
 ROLLOUTS_DIR, EVALUATION_FILE = "rollouts", "table.json"
 SHOWN = 6  # replies of a GRPO run
 _OF_A_STEP = ("tokens", "seconds", "mfu", "bad_samples")  # numbers, where a step has them
+_EVENT = dict.fromkeys(("time", "event", "step", "detail"), "")  # of what other programs write, too
+_REPLY = dict.fromkeys(("task_name", "step", "reward", "components", "reason", "messages", "thought", "answer"))
 _OF_A_ROW = ("thinking_tokens", "answer_tokens", "problems")  # numbers of every row of an evaluation
 
 
@@ -135,18 +137,19 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         recipe=recipe if isinstance(recipe, dict) else {},
         steps=steps,
-        events=_read_lines(folder / EVENTS_FILE),
+        events=[_EVENT | row for row in _read_lines(folder / EVENTS_FILE)],
         environment=_read_json(folder / ENVIRONMENT_FILE) if _has(folder, ENVIRONMENT_FILE) else {},
         validations=[row for row in _read_lines(folder / VALIDATION_FILE) if _is_number(row.get("step"))],
-        replies=_different([row for file in shown for row in _read_lines(file)])[:SHOWN],
+        replies=_different([_REPLY | row for file in shown for row in _read_lines(file)])[:SHOWN],
     )
 
 
 def _not_countable(row: dict[str, Any]) -> Optional[str]:
     """The key of a step that isn't what pages count with; None where all are."""
-    by_source = row.get("tokens_by_source", {})
-    if not isinstance(by_source, dict) or not all(map(_is_number, by_source.values())):
-        return "tokens_by_source"
+    for key in ("tokens_by_source", "loss_by_source"):
+        by_source = row.get(key, {})
+        if not isinstance(by_source, dict) or not all(map(_is_number, by_source.values())):
+            return key
     return next((key for key in _OF_A_STEP if row.get(key) is not None and not _is_number(row[key])), None)
 
 
@@ -156,7 +159,7 @@ def _is_number(value: Any) -> bool:
 
 def _different(replies: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Replies without those that say what another said to the same prompt."""
-    by_text = {json.dumps([row.get("messages"), row.get("thought"), row.get("answer")]): row for row in replies}
+    by_text = {json.dumps([row["messages"], row["thought"], row["answer"]]): row for row in replies}
     return list(by_text.values())
 
 

@@ -36,6 +36,7 @@ def write_run(folder, name="probe", steps=30, lr=1e-3, extra=None, **files):
             **{"step": step, "loss": 5 / math.sqrt(step), "lr": lr, "grad_norm": 1.0 + step % 3, "tokens": 1000},
             **{
                 "tokens_by_source": {"text": 250 * step, "photos": 750 * step},
+                "loss_by_source": {"text": 5 / math.sqrt(step), **({"photos": 4 / step} if step % 2 else {})},
                 "seconds": 0.5,
                 "tokens_per_second": 2000,
             },
@@ -64,7 +65,15 @@ def test_the_numbers_are_those_of_the_metrics(tmp_path):
     assert row["step"] == row["steps"] == 30 and row["complete"]
     assert row["loss"] == pytest.approx(sum(losses[-3:]) / 3)
     assert (row["tokens"], row["seconds"], row["tokens_per_second"], row["mfu"]) == (30000, 15.0, 2000, 0.41)
-    for title in ("Loss", "Learning rate", "Gradient norm", "Speed", "Model FLOPs utilisation", "Tokens by source"):
+    for title in (
+        "Loss",
+        "Learning rate",
+        "Gradient norm",
+        "Speed",
+        "Model FLOPs utilisation",
+        "Tokens by source",
+        "Loss by source",
+    ):
         assert f'aria-label="{title}"' in html, title
     assert re.search(r"photos</td><td>22,500</td><td>75.0%</td><td>75.0%", html)
     assert not re.search(r'(src|href|url)[=(]"?(https?:)?//', html), "it needs nothing from elsewhere"
@@ -100,12 +109,12 @@ def test_what_happened_and_replies_are_shown_safely(tmp_path):
         {"time": "2026-01-01T02:00:00+00:00", "event": "start", "step": 20, "detail": "2 ranks"},
     ]
     run = write_run(tmp_path / "run", extra={"reward/mean": 0.5, "reward/sums/mean": 0.25})
-    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"time": "cut o')
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in [*events, {}]) + '{"time": "cut o')
     (run / "validation.jsonl").write_text(json.dumps({"step": 0, "val/accuracy": 0.25}) + "\n")
     (run / "rollouts").mkdir()
     reply = {"step": 3, "task_name": "sums", "reward": 0.5, "components": {"exact": 1.0}, "reason": "", "thought": None}
     reply |= {"messages": [{"role": "user", "content": "<script>alert(1)</script>"}], "answer": "</script><b>9"}
-    (run / "rollouts" / "shown_00000003.jsonl").write_text((json.dumps(reply) + "\n") * 2)
+    (run / "rollouts" / "shown_00000003.jsonl").write_text((json.dumps(reply) + "\n") * 2 + "{}\n")
     html, data = page([run], tmp_path / "report.html")
     assert "step left out" in html and "its loss is NaN" in html and "started again" in html
     assert data["runs"][0]["starts"] == 2 and data["runs"][0]["left_out"] == 1
@@ -148,7 +157,14 @@ def test_a_table_that_lacks_something_is_one_line(key, tmp_path, cli):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"tokens": "many"}, {"seconds": [1]}, {"mfu": math.nan}, {"tokens_by_source": {"text": None}}]
+    "wrong",
+    [
+        {"tokens": "many"},
+        {"seconds": [1]},
+        {"mfu": math.nan},
+        {"tokens_by_source": {"text": None}},
+        {"loss_by_source": 5},
+    ],
 )
 def test_a_step_that_cannot_be_counted_is_one_line(wrong, tmp_path, cli):
     run = write_run(tmp_path / "run", steps=2)
