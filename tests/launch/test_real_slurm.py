@@ -229,6 +229,19 @@ def test_scancel_ends_it_for_good_and_a_new_launch_goes_on(launches, undisturbed
 
 
 @pytest.mark.long
+def test_scancel_in_the_health_check_ends_it_for_good(launches, corpus, tmp_path):
+    root, begun = tmp_path / "run", tmp_path / "begun"
+    check = f"touch {begun}; sleep 20; true"
+    (job,) = launches.launch("tiny/sft", root, f"data.root={corpus}", *SHORT, health_check=check)["tiny_sft"]
+    launches.until(root, lambda rows: begun.exists())
+    launches.slurm("scancel", job)
+    launches.until(root, lambda rows: rows["tiny_sft"]["state"] == "CANCELLED")
+    time.sleep(7)  # longer than a requeued job would wait
+    row = launches.status(root)["tiny_sft"]
+    assert row["state"] == "CANCELLED" and row["ended"] == ["killed"] and not curve(root)
+
+
+@pytest.mark.long
 def test_a_sweep_is_an_array(launches, corpus, tmp_path):
     root = tmp_path / "sweep"
     few = ["train.steps=3", "train.global_batch_size=1", "optim.warmup_steps=1"]
