@@ -1,4 +1,4 @@
-"""The peer: the recipe's model as one would join it by hand from Hugging Face transformers' SigLIP and Llama."""
+"""The peer: the recipe's model as one would join it by hand from transformers' SigLIP and Llama or Qwen3."""
 
 from collections.abc import Sequence
 from typing import Optional
@@ -14,7 +14,7 @@ from nemo_bluelm.model.projector import fold_tokens
 
 
 class HFModel(torch.nn.Module):
-    """SigLIP, the projector and Llama of a model's shapes; without images, Llama alone.
+    """SigLIP, the projector and Llama (Qwen3) of a model's shapes; without images, the language model alone.
 
     Args:
         model: shapes.
@@ -26,11 +26,11 @@ class HFModel(torch.nn.Module):
     """
 
     def __init__(self, model: ModelConfig, image_token: int, images: bool):
-        from transformers import LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
         super().__init__()
         self.image_token, self.recompute = image_token, False
-        self.language = LlamaForCausalLM(_llama(model.language))
+        self.language = AutoModelForCausalLM.from_config(_language(model.language))
         if not images:
             return
         geometry, hidden = geometry_of(model), model.language.hidden_size
@@ -108,7 +108,7 @@ def _siglip(model: ModelConfig) -> torch.nn.Module:
     return SiglipVisionModel(SiglipVisionConfig(**vision_config(model), attn_implementation="sdpa"))
 
 
-def _llama(language: LanguageConfig):
-    from transformers import LlamaConfig
+def _language(language: LanguageConfig):
+    from transformers import AutoConfig
 
-    return LlamaConfig(**language_config(language), use_cache=False, attn_implementation="sdpa")
+    return AutoConfig.for_model(**language_config(language), use_cache=False, attn_implementation="sdpa")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", metavar="hf", choices=["hf"], help="what is imported: a Hugging Face folder")
-    parser.add_argument("source", metavar="DIR", type=Path, help="folder of a SigLIP, a Llama or our own export")
+    parser.add_argument("source", metavar="DIR", type=Path, help="folder of a SigLIP, Llama, Qwen3 or our own export")
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint folder to make, for init_from")
     parser.add_argument("--recipe", metavar="RECIPE", help="what the checkpoint carries beside the shapes in DIR")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="change a value of the recipe")

@@ -146,6 +146,7 @@ class LanguageConfig:
     kv_channels: int = 128
     vocab_size: int = 100_096
     layernorm_epsilon: float = 1e-6
+    qk_layernorm: bool = False  # RMSNorm of every head's queries and keys, before RoPE, as Qwen3 has
     rotary_base: int = 10_000
     share_embeddings_and_output_weights: bool = True
     init_method_std: float = 0.02

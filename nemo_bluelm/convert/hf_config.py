@@ -37,10 +37,9 @@ ARCHITECTURES = {
     Flavour.native: "Cohere2VisionForConditionalGeneration",
 }
 MODEL_TYPES = {"bluelm_vl": Flavour.exact, "cohere2_vision": Flavour.native}
-_LANGUAGE_TYPES = ("llama", "mistral")
+_LANGUAGE_TYPES = ("llama", "mistral", "qwen3")
 # Why a language model can't be one of ours.
 _REFUSED = {
-    "qwen3": "it norms queries and keys (q_norm, k_norm), which our attention does not",
     "qwen2": "its attention has biases, and ours has none",
     "siglip2": "its patches are linear and of any aspect ratio (NaFlex); import a fixed-resolution SigLIP2",
 }
@@ -165,7 +164,10 @@ def vision_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def language_config(language: LanguageConfig) -> dict[str, Any]:
-    """``LlamaConfig``'s arguments; RoPE in transformers 4's style and in 5's, as each reads its own alone."""
+    """Arguments of ``LlamaConfig``, or ``Qwen3Config`` where queries and keys are normed.
+
+    RoPE is in transformers 4's style and in 5's, as each reads its own alone.
+    """
     yarn, rope = language.yarn, {"rope_type": "default"}
     if yarn.factor > 1:
         rope = {
@@ -183,8 +185,8 @@ def language_config(language: LanguageConfig) -> dict[str, Any]:
             rope["attention_factor"] = yarn_attention_scale(yarn)
     theta = float(language.rotary_base)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3ForCausalLM" if language.qk_layernorm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if language.qk_layernorm else "llama",
         "vocab_size": language.vocab_size,
         "hidden_size": language.hidden_size,
         "intermediate_size": language.ffn_hidden_size,
@@ -197,7 +199,7 @@ def language_config(language: LanguageConfig) -> dict[str, Any]:
         "tie_word_embeddings": language.share_embeddings_and_output_weights,
         "max_position_embeddings": round(yarn.original_max_position_embeddings * yarn.factor),
         "attention_bias": False,
-        "mlp_bias": False,
+        **({} if language.qk_layernorm else {"mlp_bias": False}),
         "rope_theta": theta,
         "rope_scaling": rope if yarn.factor > 1 else None,
         "rope_parameters": {"rope_theta": theta, **rope},
@@ -224,15 +226,16 @@ def _vision(config: dict[str, Any], path: Path, base: ModelConfig) -> ModelConfi
 
 def _language(config: dict[str, Any], path: Path, base: ModelConfig) -> tuple[ModelConfig, dict[str, str]]:
     """The model, and the head's name where it is the embedding."""
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, Qwen3Config
 
-    parsed = _parse(LlamaConfig, config, path)
+    qk_layernorm = config.get("model_type") == "qwen3"
+    parsed = _parse(Qwen3Config if qk_layernorm else LlamaConfig, config, path)
     _demand(
         path,
         hidden_act=(parsed.hidden_act, "silu"),
         attention_bias=(parsed.attention_bias, False),
-        mlp_bias=(parsed.mlp_bias, False),
-        sliding_window=(config.get("sliding_window"), None),
+        mlp_bias=(config.get("mlp_bias", False), False),
+        sliding_window=(parsed.sliding_window if qk_layernorm else config.get("sliding_window"), None),
         partial_rotary_factor=(config.get("partial_rotary_factor", 1.0), 1.0),
     )
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -249,6 +252,7 @@ def _language(config: dict[str, Any], path: Path, base: ModelConfig) -> tuple[Mo
         kv_channels=parsed.head_dim,
         vocab_size=parsed.vocab_size,
         layernorm_epsilon=parsed.rms_norm_eps,
+        qk_layernorm=qk_layernorm,
         rotary_base=int(theta),
         share_embeddings_and_output_weights=tied,
         init_method_std=base.language.init_method_std,

@@ -114,7 +114,9 @@ def write_card(folder: Path, checkpoint: Path, recipe: Recipe, whole: bool, flav
     trained = f"recipe `{recipe.name}`" + (f", {step:,} optimizer steps" if step is not None else "")
     rows = [f"| {source} | {tokens:,} |" for source, tokens in _tokens(checkpoint, step).items()]
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", f"# {recipe.name}", ""]
-    lines += ["A BlueLM-2.5 model (SigLIP2, 2x2 fold and MLP, Llama), exported by nemo-bluelm.", "", "## Training", ""]
+    language = "Qwen3" if recipe.model.language.qk_layernorm else "Llama"
+    lines += [f"A BlueLM-2.5 model (SigLIP2, 2x2 fold and MLP, {language}), exported by nemo-bluelm.", ""]
+    lines += ["## Training", ""]
     lines += [f"- {trained}", *(f"- before it: {line}" for line in _lineage(recipe))]
     lines += [f"- {name} {found}" for name in _PACKAGES if (found := _version(name))]
     if rows:

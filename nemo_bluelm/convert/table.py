@@ -50,9 +50,16 @@ def _vision_layer(ours: str, theirs: Sequence[str], shapes: Sequence[str], group
         )
 
 
-def _language_layer(ours: str, theirs: Sequence[str], shapes: Sequence[str], groups: str = "1") -> Row:
+def _language_layer(
+    ours: str,
+    theirs: Sequence[str],
+    shapes: Sequence[str],
+    groups: str = "1",
+    exists: Optional[Callable[[ModelConfig], bool]] = None,
+) -> Row:
     names = tuple(f"layers.{{layer}}.{name}.weight" for name in theirs)
-    return Row(Part.language, f"decoder.layers.{ours}weight", names, tuple(shapes), groups, layers=True, stacked=True)
+    ours = f"decoder.layers.{ours}weight"
+    return Row(Part.language, ours, names, tuple(shapes), groups, layers=True, stacked=True, exists=exists)
 
 
 def _projector(
@@ -68,6 +75,10 @@ def _normed(model: ModelConfig) -> bool:
 
 def _untied(model: ModelConfig) -> bool:
     return not model.language.share_embeddings_and_output_weights
+
+
+def _normed_heads(model: ModelConfig) -> bool:
+    return model.language.qk_layernorm
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -90,6 +101,8 @@ TABLE = (
     Row(Part.language, "embedding.word_embeddings.weight", ("embed_tokens.weight",), ("V H",)),
     _language_layer("self_attention.linear_qkv.layer_norm_", ["input_layernorm"], ["H"]),
     _language_layer("self_attention.linear_qkv.", _QKV, ["Q H", "K H", "K H"], "G"),
+    _language_layer("self_attention.q_layernorm.", ["self_attn.q_norm"], ["k"], exists=_normed_heads),
+    _language_layer("self_attention.k_layernorm.", ["self_attn.k_norm"], ["k"], exists=_normed_heads),
     _language_layer("self_attention.linear_proj.", ["self_attn.o_proj"], ["H Q"]),
     _language_layer("mlp.linear_fc1.layer_norm_", ["post_attention_layernorm"], ["H"]),
     _language_layer("mlp.linear_fc1.", ["mlp.gate_proj", "mlp.up_proj"], ["F H", "F H"]),
@@ -187,7 +200,8 @@ def states(model: ModelConfig, parts: Iterable[Part]) -> Iterator[str]:
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:
-    """What the letters of :data:`TABLE` stand for; small ones are the ViT's, but ``d``, a folded patch's channels."""
+    """What the letters of :data:`TABLE` stand for; small ones are the ViT's, but ``d``, a folded patch's channels, and
+    ``k``, those of the language model's heads."""
     vision, language, geometry = model.vision, model.language, geometry_of(model)
     return {
         "1": 1,
@@ -205,6 +219,7 @@ def sizes(model: ModelConfig) -> dict[str, int]:
         "Q": language.num_attention_heads * language.kv_channels,
         "K": language.num_query_groups * language.kv_channels,
         "G": language.num_query_groups,
+        "k": language.kv_channels,
     }
 
 

@@ -40,8 +40,8 @@ def export_legacy(checkpoint: Path, out: Path, tensor: int = 1, dtype: Optional[
         dtype: None takes BF16 of a model that is trained so, else FP32.
 
     Raises:
-        UserError: the weights can't be read; the model can't be split so, or has YaRN, which those releases' Llama
-            lacks; ``out`` exists or can't be written.
+        UserError: the weights can't be read; the model can't be split so, or has YaRN or norms of queries and keys,
+            which those releases' Llama lacks; ``out`` exists or can't be written.
     """
     recipe = load_recipe(str(checkpoint / RECIPE_FILE), [])
     language = recipe.model.language
@@ -62,6 +62,11 @@ def _demand(language: LanguageConfig, tensor: int) -> None:
         raise UserError(
             "TensorRT-LLM's legacy Llama has no YaRN, and model.language.yarn.factor is "
             f"{language.yarn.factor}; export trtllm without --legacy"
+        )
+    if language.qk_layernorm:
+        raise UserError(
+            "TensorRT-LLM's legacy Llama doesn't norm queries and keys, and model.language.qk_layernorm is true; "
+            "export trtllm without --legacy"
         )
     groups = language.num_query_groups
     splits = (language.num_attention_heads % tensor, language.ffn_hidden_size % tensor)

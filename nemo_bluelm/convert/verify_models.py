@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -19,7 +20,6 @@ from nemo_bluelm.data.decode import get_backend
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.generate.decoder import Decoder
-from nemo_bluelm.geometry import Geometry
 from nemo_bluelm.runtime.run_dir import WEIGHTS_DIR
 
 NEW_TOKENS = 16
@@ -48,7 +48,7 @@ def compare_models(
         rounding: dtype that the export's weights have; ours are rounded to it.
 
     Raises:
-        UserError: transformers can't load the folder.
+        UserError: transformers can't load the folder, or its processor fails.
     """
     from nemo_bluelm.runtime.single import single_process_world
 
@@ -59,7 +59,7 @@ def compare_models(
         ours = _ours(checkpoint, recipe, tokenizer, rounding)
         device = next(ours.parameters()).device
         hf = hf.to(device).eval()
-        for case in _cases(geometry_of(recipe.model), recipe, tokenizer, processor):
+        for case in _cases(folder, recipe, tokenizer, processor):
             yield from _compare(ours, hf, case, tokenizer, device)
         yarn = recipe.model.language.yarn
         longest = round(yarn.original_max_position_embeddings * max(yarn.factor, 1.0))
@@ -69,13 +69,20 @@ def compare_models(
 def _theirs(folder: Path, flavour: Flavour):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    try:
+    with _their_code(f"transformers can't load {folder}"):
         hf, info = AutoModelForImageTextToText.from_pretrained(
             folder, trust_remote_code=flavour is Flavour.exact, dtype=torch.float32, output_loading_info=True
         )
         return hf, AutoProcessor.from_pretrained(folder, trust_remote_code=True), info
-    except Exception as error:  # the folder's own code is among what runs
-        raise UserError(f"transformers can't load {folder}: {error!r:.300}; export the model again") from error
+
+
+@contextmanager
+def _their_code(what: str) -> Iterator[None]:
+    """Around what runs code or templates of the folder."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {error!r:.300}; export the model again") from error
 
 
 def _ours(checkpoint: Path, recipe: Recipe, tokenizer: Tokenizer, rounding: Optional[torch.dtype]) -> torch.nn.Module:
@@ -96,7 +103,8 @@ def _ours(checkpoint: Path, recipe: Recipe, tokenizer: Tokenizer, rounding: Opti
     return model.eval()
 
 
-def _cases(geometry: Geometry, recipe: Recipe, tokenizer: Tokenizer, processor) -> Iterator[Case]:
+def _cases(folder: Path, recipe: Recipe, tokenizer: Tokenizer, processor) -> Iterator[Case]:
+    geometry = geometry_of(recipe.model)
     side = geometry.tile
     many = (min(3, geometry.max_cols) * side - 9, min(2, geometry.max_rows) * side - 5)
     for name, size, think in (("text", None, True), ("one image", (side - 3, side - 9), False), ("tiles", many, True)):
@@ -108,8 +116,9 @@ def _cases(geometry: Geometry, recipe: Recipe, tokenizer: Tokenizer, processor) 
         messages = [{"role": "user", "content": parts}]
         counts = [len(tiles) * geometry.tokens_per_tile] * len(images)
         tokens = encode_prompt(messages, tokenizer, counts, think, recipe.data.chat.control_token)
-        text = processor.apply_chat_template(messages, enable_thinking=think, tokenize=False)
-        theirs = processor(images=images or None, text=text, return_tensors="pt")
+        with _their_code(f"the processor of {folder} fails"):
+            text = processor.apply_chat_template(messages, enable_thinking=think, tokenize=False)
+            theirs = processor(images=images or None, text=text, return_tensors="pt")
         yield Case(name, tokens, tiles, dict(theirs))
 
 

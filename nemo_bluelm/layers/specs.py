@@ -49,7 +49,10 @@ def block_spec(config: TransformerConfig, causal: bool, vp_stage: Optional[int] 
         layer, norm = te_layer_spec(config), TENorm
     else:
         layer, norm = local_layer_spec(), LocalNorm
+    attention = layer.submodules.self_attention
+    if config.qk_layernorm:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = LocalNorm
     # Megatron-Core's own local ViT spec is causal, which a ViT must not be.
-    layer.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    attention.params["attn_mask_type"] = AttnMaskType.causal if causal else AttnMaskType.no_mask
     count = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

@@ -114,12 +114,17 @@ class RotarySelfAttention(SelfAttention):
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: None = None, split_qkv: bool = True
     ) -> tuple:
-        """As ``SelfAttention``'s; there is no norm of queries and keys."""
+        """As ``SelfAttention``'s, but that what isn't split is normed too."""
         mixed, sizes = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
-        if not split_qkv:
+        if self.q_layernorm is None and not split_qkv:
             return mixed, sizes
         query, key, value = SplitAlongDim.apply(mixed, 3, sizes)
-        return query.reshape(*query.shape[:2], -1, key.size(-1)), key, value
+        query = query.reshape(*query.shape[:2], -1, key.size(-1))
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if split_qkv:
+            return query, key, value
+        return torch.cat((query.reshape(*key.shape[:3], -1), key, value), -1), sizes
 
     def forward(
         self,

@@ -79,6 +79,7 @@ def language_transformer_config(
         layernorm_epsilon=language.layernorm_epsilon,
         init_method_std=language.init_method_std,
         normalization="RMSNorm",
+        qk_layernorm=language.qk_layernorm,
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,

@@ -23,7 +23,7 @@ from nemo_bluelm.model.bluelm import BlueLMModel
 _EQUAL = (
     *("vision", "projector", "geometry.tile", "geometry.patch", "geometry.merge"),
     *("language.num_layers", "language.kv_channels", "language.vocab_size"),
-    *("language.rotary_base", "language.layernorm_epsilon"),
+    *("language.rotary_base", "language.layernorm_epsilon", "language.qk_layernorm"),
 )
 _NARROWER = ("language.hidden_size", "language.ffn_hidden_size", "language.num_attention_heads")
 
@@ -164,6 +164,9 @@ def cut(model: BlueLMModel, kept: Kept, tied: bool) -> dict[str, Tensor]:
         fc1 = state[f"{prefix}mlp.linear_fc1.weight"].unflatten(0, (2, -1))  # gate, then linear
         for norm in ("input_layernorm", "pre_mlp_layernorm"):
             result[f"{prefix}{norm}.weight"] = state[f"{prefix}{norm}.weight"][channels]
+        if shape.qk_layernorm:  # of a head's channels, which stay
+            for norm in ("self_attention.q_layernorm", "self_attention.k_layernorm"):
+                result[f"{prefix}{norm}.weight"] = state[f"{prefix}{norm}.weight"]
         result[f"{prefix}self_attention.linear_qkv.weight"] = _cut_qkv(
             qkv[:, channels], heads, shape.num_query_groups, shape.kv_channels
         )

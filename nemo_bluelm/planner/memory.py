@@ -141,7 +141,8 @@ def stage_weights(recipe: Recipe, stage: int) -> Weights:
         in_projector = 2 * folded * model.projector.layer_norm + (folded + 1) * projector_width(model) + (d + 1) * d
     tables = (stage == 0) + (last and not (stage == 0 and text.share_embeddings_and_output_weights))
     matrices = layer_weights(text) + adapter_weights(text, recipe.train.lora)
-    in_language = stage_layers(recipe)[stage] * (matrices // parallel.tensor + 2 * d)
+    norms = 2 * d + 2 * text.kv_channels * text.qk_layernorm
+    in_language = stage_layers(recipe)[stage] * (matrices // parallel.tensor + norms)
     return Weights(in_vision, in_projector, in_language + tables * text.vocab_size * d // parallel.tensor + last * d)
 
 
@@ -255,8 +256,9 @@ def _layer(recipe: Recipe, size: int, fp8: bool) -> Kept:
     # What a matrix product keeps of its input, which only the gradient of a weight needs, an adapter's too.
     plain = 0 if is_frozen else 1 if fp8 else size
     operand = {module: size if lora.rank and module in lora.modules else plain for module in LoraModule}
-    # Queries and keys after RoPE and a copy of the values; TE wants them contiguous, so the projection's output goes.
-    qkv = (queries + 2 * keys) * size
+    # Queries and keys after RoPE and a copy of the values; TE wants them contiguous, so the projection's output goes,
+    # unless its heads are normed.
+    qkv = (queries + 2 * keys) * size * (1 + text.qk_layernorm)
     if c > 1 and parallel.context_comm == ContextComm.all_gather:
         qkv += (2 * c + 1) / 2 * 2 * keys * size  # keys and values that this rank's two chunks see
     out = queries * size + 4 * text.num_attention_heads / t + (queries if fp8 and plain else 0)

@@ -86,7 +86,11 @@ MISTAKES = {
     "heads": (lambda folder: change_config(folder, num_key_value_heads=4), "heads don't divide"),
     "no number": (lambda folder: change_config(folder, hidden_size=None), "config.json"),
     "architecture": (lambda folder: change_config(folder, model_type="gpt2"), "model_type 'gpt2'"),
-    "qwen3": (lambda folder: change_config(folder, model_type="qwen3"), "norms queries and keys"),
+    "norms": (lambda folder: change_config(folder, model_type="qwen3"), "lacks model.layers.0.self_attn.k_norm.weight"),
+    "window": (
+        lambda folder: change_config(folder, model_type="qwen3", use_sliding_window=True, sliding_window=64),
+        "has sliding_window 64",
+    ),
     "qwen2": (lambda folder: change_config(folder, model_type="qwen2"), "attention has biases"),
     "biases": (lambda folder: change_config(folder, attention_bias=True), "attention_bias True"),
     "activation": (lambda folder: change_config(folder, hidden_act="gelu"), "hidden_act 'gelu'"),

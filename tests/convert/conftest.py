@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from nemo_bluelm.data.tokenizer import train_tokenizer
 from tests.oracles.hf_weights import randomize
@@ -41,9 +49,11 @@ def save(model: torch.nn.Module, folder: Path, seed: int = 0, **options) -> torc
     return model
 
 
-def save_language(folder: Path, shard: str = "5GB", dtype=torch.float32, **changes) -> LlamaForCausalLM:
-    """A Llama of three layers with its tokenizer, which lacks two of our special tokens."""
-    model = LlamaForCausalLM(LlamaConfig(**{**LANGUAGE, **changes})).to(dtype)
+def save_language(
+    folder: Path, shard: str = "5GB", dtype=torch.float32, kind: str = "llama", **changes
+) -> PreTrainedModel:
+    """A language model of three layers with its tokenizer, which lacks two of our special tokens."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**LANGUAGE, **changes})).to(dtype)
     save(model, folder, max_shard_size=shard)
     train_tokenizer(TEXTS, 320, folder / "tokenizer.json")
     content = json.loads((folder / "tokenizer.json").read_text())

@@ -74,7 +74,19 @@ def test_bf16_untied_without_yarn(tmp_path):
     assert not failed(tmp_path / "hf", checkpoint)
 
 
+def test_normed_queries_and_keys_make_a_qwen3(tmp_path):
+    checkpoint = write_random(tmp_path / "here", "model.language.qk_layernorm=true", *ODD)
+    export_hf(checkpoint, tmp_path / "normed")
+    assert json.loads((tmp_path / "normed" / "config.json").read_text())["text_config"]["model_type"] == "qwen3"
+    assert not failed(tmp_path / "normed", checkpoint)
+    back_bit_by_bit(tmp_path / "normed", checkpoint, tmp_path)
+
+
 def test_back_bit_by_bit(folder, checkpoint, tmp_path):
+    back_bit_by_bit(folder, checkpoint, tmp_path)
+
+
+def back_bit_by_bit(folder, checkpoint, tmp_path):
     import_hf(folder, tmp_path / "ckpt", "tiny/sft")
     recipes = [load_recipe(str(path / RECIPE_FILE), []) for path in (checkpoint, tmp_path / "ckpt")]
     assert recipes[0].model == recipes[1].model
@@ -242,6 +254,17 @@ def test_verify_finds(folder, checkpoint, tmp_path, change, stages):
         stages = stages - {"l"} | {"logits"}
         found -= {"greedy", "ViT", "projector"} - stages
     assert found == stages
+
+
+@pytest.mark.parametrize("how", ["missing", "broken"])
+def test_verify_of_a_folder_whose_template_cannot_be_used(folder, checkpoint, tmp_path, how):
+    copy = tmp_path / tmp_path.name
+    shutil.copytree(folder, copy)
+    (copy / "chat_template.jinja").unlink()
+    if how == "broken":
+        (copy / "chat_template.jinja").write_text("{% if x")
+    with pytest.raises(UserError, match="the processor of .* fails: .*template.*; export the model again"):
+        list(verify(copy, checkpoint))
 
 
 def test_card_tells_the_training(checkpoint, folder):

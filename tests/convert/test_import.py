@@ -86,21 +86,22 @@ def test_vision_as_transformers_5_names_it(tmp_path):
     assert_equal(dict(export_state(tmp_path / "two")), dict(export_state(tmp_path / "one")))
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard", ["5GB", "400KB"])
 @torch.no_grad()
-def test_language(tmp_path, tied, shard):
+def test_language(tmp_path, kind, tied, shard):
     from nemo_bluelm.runtime.single import single_process_world
 
-    hf = save_language(tmp_path / "llama", shard, tie_word_embeddings=tied)
-    assert (tmp_path / "llama" / "model.safetensors.index.json").exists() == (shard != "5GB")
-    done = import_hf(tmp_path / "llama", tmp_path / "ckpt")
+    hf = save_language(tmp_path / kind, shard, kind=kind, tie_word_embeddings=tied)
+    assert (tmp_path / kind / "model.safetensors.index.json").exists() == (shard != "5GB")
+    done = import_hf(tmp_path / kind, tmp_path / "ckpt")
     assert done.vocabulary == (300, 384)
     checkpoint = resolve_checkpoint(str(tmp_path / "ckpt"), "init_from")
     assert parts_in(checkpoint) == {Part.language}
     language = load_recipe(str(checkpoint / RECIPE_FILE), []).model.language
     assert (language.rotary_base, language.layernorm_epsilon, language.yarn.factor) == (500000, 1e-5, 1)
-    assert language.share_embeddings_and_output_weights is tied
+    assert language.share_embeddings_and_output_weights is tied and language.qk_layernorm is (kind == "qwen3")
 
     tokens = torch.randint(0, 300, (1, 40))
     with single_process_world():
@@ -110,7 +111,7 @@ def test_language(tmp_path, tied, shard):
     mean = theirs.mean(1, keepdim=True).expand(-1, 84)  # of each row's logits, which are linear in the head's rows
     torch.testing.assert_close(ours[:, 300:], mean, atol=1e-5, rtol=1e-4)
 
-    assert_equal(dict(export_state(checkpoint, LLAMA, vocabulary=300)), folder_state(tmp_path / "llama"))
+    assert_equal(dict(export_state(checkpoint, LLAMA, vocabulary=300)), folder_state(tmp_path / kind))
 
 
 def logits(language, tokens):
@@ -132,15 +133,16 @@ def logits(language, tokens):
     return language.logits(language.hidden_states(language.embed(tokens, positions), positions, count, pack))
 
 
-def test_yarn_and_bf16(tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_yarn_and_bf16(tmp_path, kind):
     scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 16.0}
-    save_language(tmp_path / "llama", dtype=torch.bfloat16, rope_scaling=scaling)
-    import_hf(tmp_path / "llama", tmp_path / "ckpt")
+    save_language(tmp_path / kind, kind=kind, dtype=torch.bfloat16, rope_scaling=scaling)
+    import_hf(tmp_path / kind, tmp_path / "ckpt")
     recipe = load_recipe(str(tmp_path / "ckpt" / RECIPE_FILE), [])
     yarn = recipe.model.language.yarn
     assert (yarn.factor, yarn.original_max_position_embeddings, yarn.beta_fast, yarn.beta_slow) == (8, 32, 16, 1)
     assert recipe.precision.dtype is Dtype.bf16
-    assert_equal(dict(export_state(tmp_path / "ckpt", LLAMA, vocabulary=300)), folder_state(tmp_path / "llama"))
+    assert_equal(dict(export_state(tmp_path / "ckpt", LLAMA, vocabulary=300)), folder_state(tmp_path / kind))
 
 
 def test_own_export_and_back(tiny_checkpoint, tmp_path):  # noqa: F811

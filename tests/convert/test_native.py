@@ -56,8 +56,9 @@ def test_computes_the_same(folder, checkpoint):
     [
         ("model.language.share_embeddings_and_output_weights=false", "precision.dtype=bf16"),
         ("model.geometry.tile=84", "model.geometry.merge=3", "model.language.yarn.factor=1"),
+        ("model.language.qk_layernorm=true",),
     ],
-    ids=["untied, bf16", "fold 3, no yarn"],
+    ids=["untied, bf16", "fold 3, no yarn", "normed queries and keys"],
 )
 def test_other_shapes(tmp_path, overrides):
     checkpoint = write_random(tmp_path / "ckpt", *NATIVE, *overrides)

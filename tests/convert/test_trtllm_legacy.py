@@ -93,6 +93,9 @@ def test_refuses(tmp_path):
     plain = write_random(tmp_path / "step_00000002", *PLAIN)
     with pytest.raises(UserError, match="3 ranks don't divide"):
         export_legacy(plain, tmp_path / "out", 3)
+    normed = write_random(tmp_path / "step_00000003", *PLAIN, "model.language.qk_layernorm=true")
+    with pytest.raises(UserError, match="doesn't norm queries and keys"):
+        export_legacy(normed, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -41,12 +41,13 @@ def loss_and_gradients(recipe, pack, dtype, implementation):
     return float(loss), {s.key: s.data.float() for s in init.local_shards(model, lambda w: w.grad)}, kinds
 
 
-def test_te_spec_in_bf16_equals_local_spec_in_fp32(gpu_corpus):
+@pytest.mark.parametrize("qk_layernorm", ["false", "true"])
+def test_te_spec_in_bf16_equals_local_spec_in_fp32(qk_layernorm, gpu_corpus):
     pytest.importorskip("transformer_engine")
     prepare()
     from nemo_bluelm.runtime.single import single_process_world
 
-    recipe = load_recipe("tiny/sft", [f"data.root={gpu_corpus}"])
+    recipe = load_recipe("tiny/sft", [f"data.root={gpu_corpus}", f"model.language.qk_layernorm={qk_layernorm}"])
     loader = open_packs(recipe)
     packs = (loader.load(pack).batch for pack in islice(loader.plan, 50))
     pack = next(pack for pack in packs if len(pack.tiles) > 8)

@@ -22,6 +22,7 @@ def by_arithmetic(config):
 
     d, queries, keys = t.hidden_size, t.num_attention_heads * t.kv_channels, t.num_query_groups * t.kv_channels
     language_layer = 2 * d * queries + 2 * d * keys + 3 * d * t.ffn_hidden_size + 2 * d
+    language_layer += 2 * t.kv_channels if t.qk_layernorm else 0
     tables = 1 if t.share_embeddings_and_output_weights else 2
     language = tables * t.vocab_size * d + t.num_layers * language_layer + d
 
@@ -52,6 +53,7 @@ def test_the_preset_is_the_default_model(recipe_file):
     [
         ModelConfig(language=LanguageConfig(share_embeddings_and_output_weights=False)),
         ModelConfig(projector=ProjectorConfig(False, Activation.swiglu)),
+        ModelConfig(language=LanguageConfig(qk_layernorm=True)),
         ModelConfig(
             vision=VisionConfig(num_layers=3, hidden_size=96, ffn_hidden_size=100, num_attention_heads=6),
             language=LanguageConfig(
@@ -66,7 +68,7 @@ def test_the_preset_is_the_default_model(recipe_file):
             geometry=GeometryConfig(tile=90, patch=10, merge=3),
         ),
     ],
-    ids=["untied", "gated", "odd sizes"],
+    ids=["untied", "gated", "normed heads", "odd sizes"],
 )
 def test_other_shapes(config):
     assert count_parameters(config) == by_arithmetic(config)

@@ -34,8 +34,9 @@ def pruned(wide, wide_config, config, importance=None):
 
 
 @pytest.mark.usefixtures("world")
-def test_nothing_cut_nothing_changed():
-    config = small_config()
+@pytest.mark.parametrize("qk_layernorm", [False, True])
+def test_nothing_cut_nothing_changed(qk_layernorm):
+    config = small_config(qk_layernorm=qk_layernorm)
     wide = filled(config)
     same, _ = pruned(wide, config, config)
     weights = dict(same.named_parameters())

@@ -38,12 +38,17 @@ def both_sizes(layouts: dict[str, str]) -> dict[str, list[str]]:
     }
 
 
+NORMED = ["model.language.qk_layernorm=true"]
 EIGHT = ["train.global_batch_size=8"]  # for two packs in a micro-batch on each of four ranks
 LAYOUTS = {
-    2: {"one-2": ["train.micro_batch_size=2"], **both_sizes(TWO)},
+    2: {
+        "one-2": ["train.micro_batch_size=2"],
+        **both_sizes(TWO),
+        **{f"normed_{name}": [*TWO[name].split(), *NORMED] for name in ("tensor", "sequence", "pipeline")},
+    },
     4: both_sizes(FOUR) | {"data-2": ["train.micro_batch_size=2", *EIGHT]},
 }
-REFERENCES = {"one": [], "one-8": EIGHT}
+REFERENCES = {"one": [], "one-8": EIGHT, "one-normed": NORMED}
 
 
 @pytest.fixture(scope="module")
@@ -76,5 +81,6 @@ def test_the_reference_learns_from_every_kind_of_packs(one_process):
 
 @pytest.mark.parametrize("processes, name", [(n, name) for n, names in LAYOUTS.items() for name in names])
 def test_layout_equals_one_process(processes, name, trained, one_process):
-    alone = "one-8" if LAYOUTS[processes][name][-1:] == EIGHT else "one"
+    last = LAYOUTS[processes][name][-1:]
+    alone = "one-8" if last == EIGHT else "one-normed" if last == NORMED else "one"
     compare(Run(trained(processes) / name), one_process[alone])

@@ -1,4 +1,4 @@
-"""Configuration of a BlueLM-2.5 vision-language model: SigLIP2, a 2x2 fold with an MLP, a Llama."""
+"""Configuration of a BlueLM-2.5 vision-language model: SigLIP2, a 2x2 fold with an MLP, a Llama or Qwen3."""
 
 from transformers.models.cohere2_vision.configuration_cohere2_vision import Cohere2VisionConfig
 

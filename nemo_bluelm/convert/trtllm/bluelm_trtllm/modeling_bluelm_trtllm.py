@@ -1,4 +1,4 @@
-"""BlueLM-2.5 of TensorRT-LLM's own SigLIP and Llama, with the projector between them."""
+"""BlueLM-2.5 of TensorRT-LLM's own SigLIP and Llama or Qwen3, with the projector between them."""
 
 import copy
 import dataclasses
