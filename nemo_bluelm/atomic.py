@@ -3,6 +3,9 @@
 import contextlib
 import os
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +32,20 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
+def cleared_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends what runs inside by an exception, as Ctrl-C does, unless somebody else listens to it."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Where to make what will be the folder ``path``: a place of this process's own, cleared if it wasn't renamed.
 
@@ -37,14 +54,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     whole = path.resolve()
     partial = whole.parent / f".{whole.name}.{os.getpid()}{PARTIAL}"
-    try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is not an empty folder; remove it or choose another")
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that had this number and was killed
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, whole)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}; choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with cleared_on_sigterm():
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise UserError(f"{path} exists and is not an empty folder; remove it or choose another")
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that had this number and was killed
+            partial.mkdir(parents=True)
+            yield partial
+            os.replace(partial, whole)
+        except OSError as error:
+            raise UserError(f"{path} can't be written: {error.strerror or error}; choose another folder") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

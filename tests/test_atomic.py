@@ -32,6 +32,19 @@ def test_nothing_is_left_of_a_failure(failure, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_sigterm_leaves_nothing_either(tmp_path):
+    script = (
+        "import os, pathlib, signal, sys\nfrom nemo_bluelm.atomic import new_folder\n"
+        "with new_folder(pathlib.Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'half').mkdir()\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr, os.listdir(tmp_path)) == (128 + signal.SIGTERM, "", [])
+    with new_folder(tmp_path / "out"):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_a_full_disk_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="out can't be written: No space left on device; choose another folder"):
         with new_folder(tmp_path / "out"):

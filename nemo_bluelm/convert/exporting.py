@@ -105,7 +105,8 @@ def export_hf(
     with new_folder(out) as folder:
         free = shutil.disk_usage(folder).free
         if size > free:
-            raise UserError(f"{out.parent} has {free >> 20} MiB free and the weights take {size >> 20}; make room")
+            room = f"{free / 2**20:,.1f} MiB free and the weights take {size / 2**20:,.1f}"
+            raise UserError(f"{out.parent} has {room}; make room")
         stream = (tensor.to(kind) for (_, tensor), (_, kind, _) in zip(_stream(weights, found, vocabulary), headers))
         write_shards(folder, headers, stream, shard_bytes)
         config = export_config(recipe, parts, tokenizer, flavour)

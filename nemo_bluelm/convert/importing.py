@@ -82,7 +82,8 @@ def _import_into(folder: Path, source: Path, name: Optional[str], overrides: tup
     dtypes = {piece.dtype for piece in pieces}
     needed, free = sum(count_bytes(p.shape, p.dtype) for p in pieces), shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder.parent} has {free >> 20} MiB free and the weights take {needed >> 20}; make room")
+        room = f"{free / 2**20:,.1f} MiB free and the weights take {needed / 2**20:,.1f}"
+        raise UserError(f"{folder.parent} has {room}; make room")
     (folder / WEIGHTS_DIR).mkdir()
     write_weights(folder / WEIGHTS_DIR, pieces, states(model, layout))
     recipe = _recipe(carried, model)

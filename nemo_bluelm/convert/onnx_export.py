@@ -10,6 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from nemo_bluelm.atomic import cleared_on_sigterm
 from nemo_bluelm.config.compose import load_recipe
 from nemo_bluelm.config.schema import Part, geometry_of
 from nemo_bluelm.convert.exporting import Exported, export_state
@@ -70,7 +71,8 @@ def export_onnx(checkpoint: Path, out: Path, dtype: Optional[torch.dtype] = None
     example = torch.zeros(2, 3, side, side, dtype=torch.uint8)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, _quiet():
+        hidden = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+        with cleared_on_sigterm(), hidden as folder, _quiet():
             torch.onnx.export(
                 graph,
                 (example,),

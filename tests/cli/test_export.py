@@ -97,7 +97,7 @@ def test_disk_full(cli, tiny_checkpoint, tmp_path, monkeypatch):  # noqa: F811
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     code, _, err = cli("export", "hf", str(tiny_checkpoint), str(tmp_path / "hf"))
-    assert "0 MiB free and the weights take" in one_line(code, err)
+    assert "0.0 MiB free and the weights take" in one_line(code, err)
     monkeypatch.undo()
 
     def fill(folder, *_):

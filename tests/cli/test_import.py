@@ -152,7 +152,7 @@ def test_too_little_room(cli, language_folder, tmp_path, monkeypatch):  # noqa: 
     usage = importing.shutil._ntuple_diskusage(2**20, 2**20, 0)
     monkeypatch.setattr(importing.shutil, "disk_usage", lambda path: usage)
     code, _, err = cli("import", "hf", str(language_folder), str(tmp_path / "ckpt"))
-    assert "has 0 MiB free" in one_line(code, err)
+    assert "has 0.0 MiB free" in one_line(code, err)
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
