@@ -3,7 +3,6 @@
 import bisect
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from nemo_bluelm.data.records import find_file
 from nemo_bluelm.data.tokenizer import Tokenizer
 from nemo_bluelm.errors import UserError
 from nemo_bluelm.geometry import Geometry
+from nemo_bluelm.locks import hold_lock
 
 Progress = Callable[[int, int, int], None]  # (shards done, shards in all, samples so far)
 
@@ -317,12 +317,12 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _wait_for(lock: int, folder: Path) -> None:
+def _wait_for(fd: int, folder: Path) -> None:
     words = f"waiting for another process that writes to the index {folder}"
     timer = threading.Timer(_SILENCE, lambda: print(words, file=sys.stderr, flush=True))
     timer.start()
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        hold_lock(fd, folder)
     finally:
         timer.cancel()
 

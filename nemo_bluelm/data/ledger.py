@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.locks import hold_lock
 
 _APPLIED, _CLEARED = "applied", "cleared"  # marker rows: {"applied": samples, "time": ...}
 
@@ -155,7 +155,7 @@ class _Appender:
     def __enter__(self) -> "_Appender":
         self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            hold_lock(self._fd, self._path.parent)
         except BaseException:
             os.close(self._fd)
             raise

@@ -1,6 +1,5 @@
 """Hands jobs in, says how they are, shows their logs, ends them."""
 
-import fcntl
 import json
 import os
 import shlex
@@ -16,6 +15,7 @@ from nemo_bluelm.launch import slurm
 from nemo_bluelm.launch.cluster import ClusterConfig, Resume, check_mounted, missing_secrets, seconds
 from nemo_bluelm.launch.jobs import LAUNCH_DIR, Job, Plan
 from nemo_bluelm.launch.script import LOGS, SCRIPT, SECRETS, TASK, script_of, secrets_file, task_of
+from nemo_bluelm.locks import hold_lock
 from nemo_bluelm.runtime.run_dir import newest, step_of
 
 STATE_FILE = "jobs.json"  # in LAUNCH_DIR
@@ -257,8 +257,8 @@ def _locked(root: Path) -> Iterator[None]:
     folder = root / LAUNCH_DIR
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with (folder / ".lock").open("w") as file:
+            hold_lock(file.fileno(), folder, wait=False)
             yield
     except BlockingIOError:
         raise UserError(f"{root} is being launched or cancelled by another command; wait for it") from None

@@ -1,7 +1,6 @@
 """Train one recipe: the entry point of every rank."""
 
 import contextlib
-import fcntl
 import gc
 import signal
 import sys
@@ -15,6 +14,7 @@ from nemo_bluelm.config.checks import check_machine, check_recipe
 from nemo_bluelm.config.compose import to_yaml
 from nemo_bluelm.config.schema import DecodeDevice, Dtype, Recipe
 from nemo_bluelm.errors import UserError
+from nemo_bluelm.locks import hold_lock
 from nemo_bluelm.runtime.environment import Launch, prepare, quiet
 from nemo_bluelm.runtime.recovery import Ranks, check_whole, newest_whole, published_steps
 from nemo_bluelm.runtime.run_dir import COMPLETE_FILE, LOCK_FILE, RECIPE_FILE, TOKENIZER_FILE, step_of
@@ -197,14 +197,14 @@ def _lock(run_dir: Path) -> IO[bytes]:
     """Make the folder and hold its lock as long as the returned file is open."""
     with _writable(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / LOCK_FILE).open("wb")
+        file = (run_dir / LOCK_FILE).open("wb")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold_lock(file.fileno(), run_dir, wait=False)
         except BlockingIOError:
             raise UserError(
                 f"run_dir {run_dir} is in use by another run; wait for it, or choose another run_dir"
             ) from None
-        return lock
+        return file
 
 
 @contextlib.contextmanager
