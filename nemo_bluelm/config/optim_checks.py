@@ -2,7 +2,8 @@
 
 from typing import Iterator
 
-from nemo_bluelm.config.schema import DecayShape, OptimConfig, Part, Recipe, Schedule
+from nemo_bluelm.config.optim import DecayShape, OptimConfig, Schedule
+from nemo_bluelm.config.schema import Part, Recipe
 
 # The schedules that read a key, and its value when it isn't set.
 _OF_SCHEDULE = {

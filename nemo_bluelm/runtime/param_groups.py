@@ -9,7 +9,8 @@ import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
-from nemo_bluelm.config.schema import OptimConfig, Part
+from nemo_bluelm.config.optim import OptimConfig
+from nemo_bluelm.config.schema import Part
 
 _VISION_LAYER = re.compile(r"vision\.blocks\.layers\.(\d+)\.")
 _VISION_EMBEDDING = re.compile(r"vision\.(patch|position)_embedding")

@@ -5,7 +5,7 @@ import math
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 from torch.optim.lr_scheduler import LambdaLR
 
-from nemo_bluelm.config.schema import DecayShape, OptimConfig, Schedule
+from nemo_bluelm.config.optim import DecayShape, OptimConfig, Schedule
 
 # Share of lr - min_lr that is left at the share p of the decay.
 _SHAPES = {

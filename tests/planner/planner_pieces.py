@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from planner_measured import TextStep
 
-from nemo_bluelm.config.schema import DataConfig, ModelConfig, OptimConfig, Part, Recipe, SourceConfig, TrainConfig
+from nemo_bluelm.config.optim import OptimConfig
+from nemo_bluelm.config.schema import DataConfig, ModelConfig, Part, Recipe, SourceConfig, TrainConfig
 from nemo_bluelm.planner.layouts import with_settings
 
 TEXT_ONLY = [Part.vision, Part.projector]  # trained parts without their ViT

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bluelm.config.schema import OptimConfig, PartOptimConfig, PartsOptimConfig
+from nemo_bluelm.config.optim import OptimConfig, PartOptimConfig, PartsOptimConfig
 from nemo_bluelm.runtime.environment import prepare
 from tests.runtime.processes import torchrun
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_bluelm.config.schema import DecayShape, OptimConfig, Schedule
+from nemo_bluelm.config.optim import DecayShape, OptimConfig, Schedule
 from nemo_bluelm.runtime.environment import prepare
 
 prepare()
