@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 import nemo_bluelm
-from nemo_bluelm.config import grpo, schema
+from nemo_bluelm.config import grpo, optim, schema
 
 PACKAGE = Path(nemo_bluelm.__file__).parent
 FIELDS = sorted(
     {
         (cls.__name__, field.name)
-        for module in (schema, grpo)
+        for module in (schema, optim, grpo)
         for cls in vars(module).values()
         if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__
         for field in dataclasses.fields(cls)
