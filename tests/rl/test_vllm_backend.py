@@ -132,18 +132,15 @@ def test_vllm_itself(engine, folder, corpus, beginner, forks, tmp_path):  # noqa
         assert row["mismatch/nan_rate"] == 0 and row["mismatch/token_mult_prob_error"] == pytest.approx(1, abs=1e-3)
 
 
-def test_a_server_that_is_not_there(folder, corpus, beginner, tmp_path, cli_process):  # noqa: F811
-    words = [VLLM, "grpo.generation.vllm.url=http://127.0.0.1:9"]
-    recipe, paths = (
-        write_recipe(tmp_path),
-        [f"data.root={corpus}", f"init_from={beginner}", f"run_dir={tmp_path / 'r'}"],
-    )
-    modules = str(Path(__file__).with_name("modules"))
-    for place, complaint in ((folder, "vLLM at http://127.0.0.1:9 can't be asked"), (tmp_path, "no export for vLLM")):
-        keys = [*words, f"grpo.generation.vllm.folder={place}"]
-        result = cli_process("train", str(recipe), *paths, *keys, PYTHONPATH=modules, OMP_NUM_THREADS="1")
-        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-        assert any(line.startswith("nemo-bluelm: error: ") and complaint in line for line in result.stderr.splitlines())
+@pytest.mark.parametrize(
+    "place, complaint", [(None, "vLLM at http://127.0.0.1:9 can't be asked"), ("no", "no export for")]
+)
+def test_a_server_that_is_not_there(place, complaint, folder, corpus, beginner, forks, tmp_path):  # noqa: F811
+    words = [VLLM, "grpo.generation.vllm.url=http://127.0.0.1:9", f"grpo.generation.vllm.folder={place or folder}"]
+    fork = forks.start(*command(write_recipe(tmp_path), corpus, beginner, tmp_path / "run", *words))
+    code, output = fork.finish(timeout=240)
+    assert code == 2 and "Traceback" not in output, output
+    assert any(line.startswith("nemo-bluelm: error: ") and complaint in line for line in output.splitlines())
 
 
 ANSWER = {"prompt_token_ids": [1, 2], "choices": [{"token_ids": [3], "logprobs": {"content": [{"logprob": -1.5}]}}]}

@@ -33,13 +33,13 @@ def in_the_middle(stage):
     return STEPS // 3 <= len(curve(stage.folder)) < STEPS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("pipeline", "killed_in"),
     [
-        pytest.param(None, ["cut"], id="pruning"),  # a training stage that is killed is in test_resume
-        pytest.param(PACKAGED, None, id="every_stage_of_the_tiny_pipeline", marks=pytest.mark.long),
+        pytest.param(None, ["cut", "align"], id="pruning_and_one_stage"),
+        pytest.param(PACKAGED, None, id="every_stage_of_the_tiny_pipeline"),
     ],
 )
 def test_killed_and_started_again_it_ends_bitwise_the_same(pipeline, killed_in, corpus, forks, tmp_path):

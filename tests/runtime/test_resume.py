@@ -101,7 +101,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(uninterrupted, corpus, fork
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "four, two",
-    [([], []), (["parallel.distributed_optimizer=true"], ["parallel.distributed_optimizer=true", "parallel.tensor=2"])],
+    [
+        pytest.param([], [], marks=pytest.mark.long),
+        (["parallel.distributed_optimizer=true"], ["parallel.distributed_optimizer=true", "parallel.tensor=2"]),
+    ],
 )
 def test_a_run_of_four_ranks_goes_on_with_two(four, two, corpus, forks, tmp_path):
     """The global batches are the same, so the curve is that of any number of ranks, to rounding."""
