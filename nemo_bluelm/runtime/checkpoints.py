@@ -16,6 +16,7 @@ from nemo_bluelm.runtime.later import Later, to_device
 from nemo_bluelm.runtime.run_dir import WEIGHTS_DIR, checkpoint_path, published, step_of
 from nemo_bluelm.runtime.saving import HostCopy, Writing
 
+_REHEARSAL = ".step_0.partial"
 _UNPUBLISHED = (".step_*.partial", ".step_*.deleting")  # what a killed run may leave
 
 
@@ -38,6 +39,7 @@ class Checkpoints(Callback):
         self.protected: set[int] = set()  # steps whose checkpoints are kept however old they are
         self._copy = HostCopy()
         self._deleting: Optional[Thread] = None
+        self._rehearsed = False
         self._step: Optional[int] = None  # of the last checkpoint that was begun
         self._writing: Optional[Writing] = None
         self._written: Optional[Later] = None  # whether it is, on all ranks
@@ -59,6 +61,8 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args) -> None:
         if self._written is not None and self._written.get()[0]:
             self._publish(trainer)
+        if not self._rehearsed:
+            self._rehearse(trainer)
         if trainer.global_step % self.save_every == 0:
             self.save(trainer)
         if self._writing is not None:
@@ -93,6 +97,22 @@ class Checkpoints(Callback):
             plan, talks = trainer.strategy.take_plan()
             self._writing = Writing(plan, talks, self._copy, partial)
         self._step = step
+
+    def _rehearse(self, trainer: Trainer) -> None:
+        """Plan a checkpoint twice and write none, in the first step, which is slow anyway; for all ranks.
+
+        Once two plans were the same, ranks needn't talk to plan, and no checkpoint holds training up for that.
+        """
+        self._rehearsed = True
+        folder = self.run_dir / "checkpoints" / _REHEARSAL
+        with _cleared_on_error(folder):
+            for _ in range(2):
+                trainer.save_checkpoint(folder)
+                plan, _ = trainer.strategy.take_plan()
+                plan()
+        torch.distributed.barrier()
+        if trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _publish(self, trainer: Trainer) -> None:
         """Wait for the checkpoint that is being written, if there is one, and give it its name; for all ranks."""

@@ -2,11 +2,11 @@
 and divided by the targets."""
 
 from collections.abc import Callable, Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, clip_grads
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, clip_grads
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from nemo import lightning as nl
 from nemo.lightning.megatron_parallel import MegatronParallel
@@ -76,6 +76,20 @@ class _Chained(ChainedOptimizer):
     takes: Optional[Callable[[Tensor, Tensor], bool]] = None
     loss: Tensor
 
+    def __init__(self, chained_optimizers: list[MegatronOptimizer]):
+        """Make Adam's state, which Adam itself would make in its first update.
+
+        The tensors of the first checkpoints decide what is in all of a run, and updates may be left out until then.
+        """
+        super().__init__(chained_optimizers)
+        for part in chained_optimizers:
+            if part.is_stub_optimizer:
+                continue
+            part.init_state_fn(part.optimizer, part.config)
+            if isinstance(part.optimizer, torch.optim.Adam):
+                _count_steps(part.optimizer, {"state": part.optimizer.state})
+                part.optimizer.register_load_state_dict_pre_hook(_count_steps)
+
     @torch.no_grad()
     def step(self) -> tuple[bool, Tensor, None]:
         """Megatron-Core's hook.
@@ -110,6 +124,12 @@ class _Chained(ChainedOptimizer):
         square = norm**2
         torch.distributed.all_reduce(square, group=self.get_grad_stats_parallel_group())
         return square[0].double().sqrt()
+
+
+def _count_steps(optimizer: torch.optim.Adam, state_dict: dict[str, Any]) -> None:
+    """Have the counts of steps that PyTorch's Adam keeps; Megatron-Core neither makes them nor writes those of 0."""
+    for state in state_dict["state"].values():
+        state.setdefault("step", torch.zeros(()))
 
 
 def _divide_by_targets(model: Sequence[torch.nn.Module], num_tokens: Tensor) -> None:
