@@ -47,13 +47,19 @@ def stalls(seconds: list[float], before: int, save_every: int) -> dict[str, obje
 
     Returns:
         ``stalls``, one for each checkpoint that is followed by ``save_every`` steps: seconds by which these took
-        longer than as many median steps; ``of_a_step``, their mean over the median step (None without one).
+        longer than as many median steps; ``longest``, by which the longest of them did; ``of_a_step``, the mean of
+        ``stalls`` over the median step (None without one).
     """
     step = median(seconds)
     after = [saved - before for saved in range(save_every, before + len(seconds), save_every)]
     whole = [start for start in after if 0 <= start <= len(seconds) - save_every]
-    found = [round(sum(seconds[start : start + save_every]) - save_every * step, 5) for start in whole]
-    return {"stalls": found, "of_a_step": round(sum(found) / len(found) / step, 4) if found else None}
+    followed = [[second - step for second in seconds[start : start + save_every]] for start in whole]
+    found = [round(sum(more), 5) for more in followed]
+    return {
+        "stalls": found,
+        "longest": [round(max(more), 5) for more in followed],
+        "of_a_step": round(sum(found) / len(found) / step, 4) if found else None,
+    }
 
 
 def peak_memory() -> dict[str, float] | None:

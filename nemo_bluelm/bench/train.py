@@ -30,7 +30,8 @@ def measure(
         :func:`nemo_bluelm.bench.figures.rates` gives; ``seconds`` of every counted step; ``memory`` of rank 0;
         ``data_wait`` {seconds, fraction of the time}; ``loss`` {first, last}; ``parameters`` of rank 0 by part;
         ``checkpoints`` {every, stalls: seconds by which each made the steps up to the next one longer than the median
-        step; of_a_step: their mean over the median step} where they were made. Or ``name`` and ``error``.
+        step; longest, of_a_step: see :func:`nemo_bluelm.bench.figures.stalls`} where they were made. Or ``name``
+        and ``error``.
 
     Raises:
         UserError: the run refused the recipe or its data.

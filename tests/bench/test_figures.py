@@ -105,6 +105,6 @@ def test_stalls_are_what_the_steps_after_a_checkpoint_took_longer():
     seconds[3] += 0.5  # of the run's step 6, the first after the checkpoint of step 5
     seconds[5] += 0.25  # where it was published
     seconds[8] += 0.5  # after that of step 10
-    assert stalls(seconds, before=2, save_every=5) == {"stalls": [0.75], "of_a_step": 0.75}
-    assert stalls(seconds, before=2, save_every=4) == {"stalls": [0.75, 0.5], "of_a_step": 0.625}
-    assert stalls(seconds, before=2, save_every=40) == {"stalls": [], "of_a_step": None}
+    assert stalls(seconds, before=2, save_every=5) == {"stalls": [0.75], "longest": [0.5], "of_a_step": 0.75}
+    assert stalls(seconds, before=2, save_every=4) == {"stalls": [0.75, 0.5], "longest": [0.5, 0.5], "of_a_step": 0.625}
+    assert stalls(seconds, before=2, save_every=40) == {"stalls": [], "longest": [], "of_a_step": None}

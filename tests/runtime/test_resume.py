@@ -1,11 +1,13 @@
 """A run that is killed and started again must end as if nothing had happened."""
 
 import json
+import shutil
 import signal
 import time
 
 import pytest
 
+from nemo_bluelm.runtime.run_dir import checkpoint_path
 from tests.runtime.processes import TRAIN, anything_alive, finish, kill, run, start
 
 STEPS = 24
@@ -14,6 +16,24 @@ OPTIMIZER = [
     *("optim.schedule=wsd", "optim.decay_steps=3", "optim.vision_layer_decay=0.9", "optim.parts.vision.lr=2e-3"),
     *("optim.parts.projector.lr=3e-3", "optim.parts.language.weight_decay=0.2"),
 ]
+
+FIRST_TWO_LEFT_OUT = """
+import sys
+from nemo_bluelm.cli.main import main
+from nemo_bluelm.runtime.environment import prepare
+from nemo_bluelm.train.bad_steps import BadSteps
+objection = BadSteps._objection
+BadSteps._objection = lambda self, values: "bad" if self._trainer.global_step < 2 else objection(self, values)
+
+prepare()
+from nemo_bluelm.runtime import checkpoints
+class Writing(checkpoints.Writing):
+    def __init__(self, plan, talks, *rest):
+        print("holds training up to plan" if talks else "is planned beside the training")
+        super().__init__(plan, talks, *rest)
+checkpoints.Writing = Writing
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def command(corpus, run_dir, *overrides):
@@ -96,6 +116,25 @@ def test_a_signal_saves_and_the_same_command_goes_on(uninterrupted, corpus, fork
         code, output = fork.finish(timeout=120)
         assert code == 0, output[-3000:]
         assert curve(tmp_path / signum.name) == uninterrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed_optimizer", ["false", pytest.param("true", marks=pytest.mark.long)])
+def test_a_run_whose_first_updates_were_left_out_can_go_on(distributed_optimizer, corpus, forks, tmp_path):
+    """From a checkpoint before the first update, and from one after it."""
+    settings = ["train.steps=4", "optim.warmup_steps=1", "train.save_every=1", "train.keep_checkpoints=-1"]
+    settings += ["train.skip_bad_steps=2", f"parallel.distributed_optimizer={distributed_optimizer}"]
+    whole = tmp_path / "whole"
+    _, _, train, *arguments = command(corpus, whole, *settings)
+    output = run("-c", FIRST_TWO_LEFT_OUT, train, *arguments)
+    assert output.count("is left out") == 2
+    assert output.count("is planned beside the training") == 4 and "holds training up" not in output
+    for step in (2, 3):
+        again = tmp_path / str(step)
+        for done in range(1, step + 1):
+            shutil.copytree(checkpoint_path(whole, done), checkpoint_path(again, done))
+        forks.run(*command(corpus, again, *settings))
+        assert curve(again) == curve(whole)[step:]
 
 
 @pytest.mark.slow

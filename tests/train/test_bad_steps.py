@@ -110,6 +110,7 @@ def test_an_update_that_is_left_out_changes_neither_weights_nor_state():
         get_parameters = lambda self: [weight]  # noqa: E731
         get_main_grads_for_grad_norm = lambda self: [weight.grad]  # noqa: E731
         get_grad_stats_parallel_group = lambda self: torch.distributed.group.WORLD  # noqa: E731
+        init_state_fn = lambda self, optimizer, config: None  # noqa: E731
         is_stub_optimizer = False
 
         def step_with_ready_grads(self):
