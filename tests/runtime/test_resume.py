@@ -65,7 +65,7 @@ def uninterrupted(corpus, forks, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_sigkill_then_the_same_command_gives_bitwise_the_same_curve(processes, uninterrupted, corpus, forks, tmp_path):
     """Until the kill the folder is in use and a second run is refused; then it is free again."""
     layout = ["--nproc", str(processes)] if processes > 1 else []
